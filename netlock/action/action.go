@@ -1,0 +1,249 @@
+// Package action knows CRIU's hooks: their names, their environment, and the one
+// table that says what each of them does. Every interface of CRIU goes through it.
+package action
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+
+	"github.com/criu-netlock/criu-netlock/netlock"
+)
+
+// Name is the name of a hook, as CRTOOLS_SCRIPT_ACTION and the RPC messages have it.
+type Name string
+
+// The hooks of CRIU 4.2. https://criu.org/Action_scripts
+const (
+	PreStream           Name = "pre-stream"
+	PreDump             Name = "pre-dump"
+	PostDump            Name = "post-dump"
+	PreRestore          Name = "pre-restore"
+	PostRestore         Name = "post-restore"
+	NetworkLock         Name = "network-lock"
+	NetworkUnlock       Name = "network-unlock"
+	SetupNamespaces     Name = "setup-namespaces"
+	PostSetupNamespaces Name = "post-setup-namespaces"
+	PreResume           Name = "pre-resume"
+	PostResume          Name = "post-resume"
+	OrphanPtsMaster     Name = "orphan-pts-master"
+	StatusReady         Name = "status-ready"
+	QueryExtFiles       Name = "query-ext-files"
+)
+
+// Op is what a hook does.
+type Op int
+
+// What hooks do.
+const (
+	// Nothing: the hook returns before anything is set up.
+	Nothing Op = iota
+	// CheckTask: can a lock be taken in the task's namespace?
+	CheckTask
+	// CheckHost: can a lock be taken on this host?
+	CheckHost
+	// Lock the task's namespace.
+	Lock
+	// Ensure that exactly one lock, ours, is in force in the task's namespace.
+	Ensure
+	// EnsureRemovable is Ensure, and the lock can be taken off again.
+	EnsureRemovable
+	// Unlock the task's namespace.
+	Unlock
+	// Sweep: nothing of ours is left, or it is removed and said loudly.
+	Sweep
+)
+
+// table is what every hook does; the reasons stand in the README. What is not in
+// it, and a hook that does not exist yet, does nothing.
+var table = map[Name]Op{
+	PreDump:             CheckTask,
+	NetworkLock:         Lock,
+	NetworkUnlock:       Unlock,
+	PreRestore:          CheckHost,
+	SetupNamespaces:     Ensure,
+	PostSetupNamespaces: Ensure,
+	PostRestore:         EnsureRemovable,
+	PostResume:          Sweep,
+}
+
+// OpOf says what a hook does.
+func OpOf(n Name) Op { return table[n] }
+
+// NeedsPID tells whether the operation is about a task.
+func (o Op) NeedsPID() bool { return o != Nothing && o != CheckHost }
+
+// Event is one call of a hook.
+type Event struct {
+	Action Name
+	// PID is the root task's, in our pid namespace; 0 at hooks that bring none.
+	PID int
+	// ImageDir is where the images are; CRIU's descriptor, dead at post-resume.
+	ImageDir string
+	// Caller is CRIU.
+	Caller netlock.Caller
+}
+
+// The environment of an action script.
+const (
+	EnvAction   = "CRTOOLS_SCRIPT_ACTION"
+	EnvInitPID  = "CRTOOLS_INIT_PID"
+	EnvImageDir = "CRTOOLS_IMAGE_DIR"
+)
+
+// FromEnv reads an Event from the environment that CRIU gives an action script.
+// The pid is read only where the hook needs one: at the others nothing may fail.
+func FromEnv(lookup func(string) (string, bool)) (Event, error) {
+	name, _ := lookup(EnvAction)
+	if name == "" {
+		return Event{}, input("read "+EnvAction, errors.New("unset or empty"))
+	}
+	ev := Event{Action: Name(name)}
+	ev.ImageDir, _ = lookup(EnvImageDir)
+	if !OpOf(ev.Action).NeedsPID() {
+		return ev, nil
+	}
+	s, ok := lookup(EnvInitPID)
+	if !ok {
+		return ev, input("read "+EnvInitPID, errors.New("unset, but "+name+" needs it"))
+	}
+	pid, err := ParsePID(s)
+	if err != nil {
+		return ev, input("read "+EnvInitPID, err)
+	}
+	ev.PID = pid
+	return ev, nil
+}
+
+func input(op string, err error) error {
+	return &netlock.Error{Kind: netlock.KindInput, Op: op, Err: err}
+}
+
+// ParsePID accepts what the kernel could have printed as a pid, and nothing else.
+func ParsePID(s string) (int, error) {
+	bad := func(why string) (int, error) {
+		if len(s) > 32 {
+			s = s[:32] + "…"
+		}
+		return 0, fmt.Errorf("%q is not a pid: %s", s, why)
+	}
+	if s == "" {
+		return bad("empty")
+	}
+	for _, c := range []byte(s) {
+		if c < '0' || c > '9' {
+			return bad("want decimal digits only")
+		}
+	}
+	if s[0] == '0' {
+		return bad("0 and leading zeros are none")
+	}
+	n, err := strconv.Atoi(s)
+	if limit := pidMax(); err != nil || n > limit {
+		return bad("above pid_max, " + strconv.Itoa(limit))
+	}
+	return n, nil
+}
+
+// pidMax is kernel.pid_max, or the highest value it can have.
+func pidMax() int {
+	b, err := os.ReadFile("/proc/sys/kernel/pid_max")
+	if n, e := strconv.Atoi(strings.TrimSpace(string(b))); err == nil && e == nil && n > 0 {
+		return n
+	}
+	return 4 << 20
+}
+
+// Locker is what a Handler needs of netlock.Locker.
+type Locker interface {
+	Lock(context.Context, *netlock.Namespace) (netlock.Result, error)
+	Unlock(context.Context, *netlock.Namespace) (netlock.State, error)
+	State(context.Context, *netlock.Namespace) (netlock.State, error)
+}
+
+// Handler does what the table says.
+type Handler struct {
+	Locker Locker
+	// Trial takes a lock in a throwaway namespace, to see that this host can.
+	Trial func(context.Context) (netlock.Result, error)
+}
+
+// Report is what a hook did, for the log.
+type Report struct {
+	Netns   uint64 // inode; 0 where no namespace was looked at
+	Backend string
+	// Result in a word or two: "locked", "already locked", "unlocked", "not locked",
+	// "possible", "own namespace".
+	Result string
+	// Loud: the result is nothing to be quiet about, though the hook succeeded.
+	Loud bool
+}
+
+// Handle does what the event's hook is for.
+func (h *Handler) Handle(ctx context.Context, ev Event) (rep Report, err error) {
+	op := OpOf(ev.Action)
+	switch op {
+	case Nothing:
+		return Report{Result: "nothing to do"}, nil
+	case CheckHost:
+		res, err := h.Trial(ctx)
+		return Report{Backend: res.Backend, Result: "possible"}, err
+	}
+	ns, err := netlock.FromPID(ev.PID)
+	if err != nil {
+		// CRIU runs network-lock and network-unlock only where the task has a
+		// network namespace of its own, the other hooks always: there a task in
+		// CRIU's own namespace has nothing for us to do.
+		if errors.Is(err, netlock.ErrOwnNamespace) && op != Lock && op != Unlock {
+			return Report{Result: "own namespace, nothing to lock"}, nil
+		}
+		return rep, err
+	}
+	defer ns.Close()
+	rep.Netns = ns.Inode()
+
+	switch op {
+	case CheckTask:
+		res, err := h.Trial(ctx)
+		rep.Backend, rep.Result = res.Backend, "possible"
+		if err != nil {
+			return rep, err
+		}
+		_, err = h.Locker.State(ctx, ns)
+		return rep, err
+
+	case Lock, Ensure, EnsureRemovable:
+		if op == EnsureRemovable {
+			// After the sockets are there a lock that had been taken away is worth a word.
+			st, err := h.Locker.State(ctx, ns)
+			if err != nil {
+				return rep, err
+			}
+			rep.Loud = !st.Locked
+		}
+		res, err := h.Locker.Lock(ctx, ns)
+		rep.Backend, rep.Result = res.Backend, "locked"
+		switch {
+		case rep.Loud:
+			rep.Result = "the lock had been removed; locked again"
+		case res.Already:
+			rep.Result = "already locked"
+		}
+		return rep, err
+
+	case Unlock, Sweep:
+		st, err := h.Locker.Unlock(ctx, ns)
+		rep.Backend, rep.Result = st.Backend, "not locked"
+		if st.Found {
+			rep.Result = "unlocked"
+			if op == Sweep {
+				rep.Result, rep.Loud = "a lock was left after network-unlock; removed", true
+			}
+		}
+		return rep, err
+	}
+	return rep, fmt.Errorf("action %s: operation %d has no code", ev.Action, op)
+}

@@ -1,0 +1,196 @@
+// Package netlock locks a network namespace for a checkpoint or a restore: no
+// packet reaches the sockets in it until it is unlocked.
+//
+// It is the policy and imports no backend. A Namespace is an open handle on a
+// network namespace; a Backend puts a lock there and takes it off; a Locker
+// chooses among backends and cleans up after all of them. What CRIU's hooks do
+// with a Locker stands in package action.
+//
+//	ns, err := netlock.FromPID(pid)
+//	if err != nil { … }
+//	defer ns.Close()
+//	l := netlock.New(nft.New(), iptables.New())
+//	res, err := l.Lock(ctx, ns)
+//	…
+//	err = l.Unlock(ctx, ns)
+//
+// The state is in the kernel, in the rule set itself; nothing is kept in files.
+package netlock
+
+import (
+	"context"
+	"errors"
+	"time"
+)
+
+// Caller is who asked for a lock; it is written into the rule set.
+type Caller struct {
+	PID  int    `json:"pid"`
+	Name string `json:"name"`
+}
+
+// Options is what a lock is made from.
+type Options struct {
+	// Allow is what passes in spite of the lock, answers included.
+	Allow []Rule
+	// Caller is recorded in the lock. It decides nothing.
+	Caller Caller
+}
+
+// Result says what Lock found and did.
+type Result struct {
+	// Backend and variant that hold the lock: "nft", "iptables-legacy", "iptables-nft".
+	Backend string
+	// Already is true if an intact lock was there and was left alone.
+	Already bool
+}
+
+// State is what a backend sees of its lock in a namespace.
+type State struct {
+	// Locked: packets are being dropped by a lock of ours.
+	Locked bool
+	// Intact: there is exactly one lock, and its rules are exactly ours.
+	Intact bool
+	// Found: something is there under our name, whether or not it locks.
+	Found bool
+	// Backend and variant, as in Result.
+	Backend string
+	// Since is when the lock was put on, to the second; zero if unknown.
+	Since time.Time
+	// DroppedIn and DroppedOut count packets.
+	DroppedIn, DroppedOut uint64
+	Caller                Caller
+	// Why says in words what keeps the lock from being intact.
+	Why string
+}
+
+// Backend is one way to lock. All methods are idempotent and safe side by side
+// with themselves, in this process and in others.
+type Backend interface {
+	// Name is the backend's name: "nft", "iptables".
+	Name() string
+	// Lock makes sure that exactly one lock, exactly ours, is in force in ns.
+	// An error means that this call left no lock behind that was not there before.
+	Lock(ctx context.Context, ns *Namespace, o Options) (Result, error)
+	// Unlock removes every lock of this backend and returns what it found.
+	// No lock is no error. Options are needed to tell whether it was intact.
+	Unlock(ctx context.Context, ns *Namespace, o Options) (State, error)
+	// State reads and changes nothing.
+	State(ctx context.Context, ns *Namespace, o Options) (State, error)
+}
+
+// Locker puts locks on with the first of its backends that the host supports,
+// and takes them off with all of them.
+type Locker struct {
+	// Backends in order of preference. Lock goes on to the next one only where
+	// one answers ErrUnsupported: never after EPERM, never after a deadline.
+	Backends []Backend
+	// Cleaners also take part in Unlock and State, and in removing another
+	// backend's leftovers after a Lock, but never lock. An explicit choice of
+	// one backend puts the others here.
+	Cleaners []Backend
+	Options  Options
+}
+
+// New returns a Locker over backends, best first.
+func New(backends ...Backend) *Locker { return &Locker{Backends: backends} }
+
+func (l *Locker) all() []Backend {
+	return append(l.Backends[:len(l.Backends):len(l.Backends)], l.Cleaners...)
+}
+
+// Lock makes sure that ns is locked by exactly one lock. When it returns nil no
+// packet passes, but for what Options.Allow lists, CRIU's own marked packets on
+// lo and IPv6 neighbour discovery, until Unlock.
+func (l *Locker) Lock(ctx context.Context, ns *Namespace) (Result, error) {
+	var unsupported []error
+	for _, b := range l.Backends {
+		res, err := b.Lock(ctx, ns, l.Options)
+		if errors.Is(err, ErrUnsupported) {
+			unsupported = append(unsupported, err)
+			continue
+		}
+		if err != nil {
+			return Result{}, err
+		}
+		// The new lock is in force: only now may the others' be removed.
+		for _, other := range l.all() {
+			if other == b {
+				continue
+			}
+			if _, err := other.Unlock(ctx, ns, l.Options); err != nil && !errors.Is(err, ErrUnsupported) {
+				return res, l.undo(ctx, ns, b, res, err)
+			}
+		}
+		return res, nil
+	}
+	return Result{}, &Error{
+		Kind: KindNoBackend, Op: "lock", Namespace: ns.String(),
+		Err: errors.Join(append([]error{ErrUnsupported}, unsupported...)...),
+		Hint: "run criu-netlock check",
+	}
+}
+
+// undo takes back a lock that was just made, because a leftover of another
+// backend could not be removed.
+func (l *Locker) undo(ctx context.Context, ns *Namespace, b Backend, res Result, cause error) error {
+	if res.Already {
+		return cause
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), UndoTime)
+	defer cancel()
+	_, err := b.Unlock(ctx, ns, l.Options)
+	return errors.Join(cause, err)
+}
+
+// UndoTime is how long a roll-back may take after a deadline has passed.
+const UndoTime = 500 * time.Millisecond
+
+// Unlock removes every lock of ours, whichever backend put it there, and
+// reports what it found. When the error is nil, or of KindTampered, nothing of
+// ours is left.
+func (l *Locker) Unlock(ctx context.Context, ns *Namespace) (State, error) {
+	st, err := l.each(func(b Backend) (State, error) { return b.Unlock(ctx, ns, l.Options) })
+	if err == nil && st.Found && !st.Intact {
+		err = &Error{
+			Kind: KindTampered, Op: "unlock", Namespace: ns.String(), Backend: st.Backend,
+			Err: errors.New("unlocked, but the lock had been tampered with: " + st.Why),
+		}
+	}
+	return st, err
+}
+
+// State reads what is locked and changes nothing.
+func (l *Locker) State(ctx context.Context, ns *Namespace) (State, error) {
+	return l.each(func(b Backend) (State, error) { return b.State(ctx, ns, l.Options) })
+}
+
+// each asks every backend and merges what they see into one State: two locks,
+// even two intact ones, are not an intact one.
+func (l *Locker) each(f func(Backend) (State, error)) (State, error) {
+	var (
+		sum  State
+		errs []error
+	)
+	for _, b := range l.all() {
+		st, err := f(b)
+		if errors.Is(err, ErrUnsupported) {
+			continue
+		}
+		if err != nil {
+			errs = append(errs, err)
+		}
+		switch {
+		case !st.Found:
+		case !sum.Found:
+			sum = st
+		default:
+			sum.Locked = sum.Locked || st.Locked
+			sum.Intact = false
+			sum.Why = "a lock of " + sum.Backend + " and one of " + st.Backend + " are there together"
+			sum.DroppedIn += st.DroppedIn
+			sum.DroppedOut += st.DroppedOut
+		}
+	}
+	return sum, errors.Join(errs...)
+}
