@@ -126,7 +126,7 @@ func (l *Locker) Lock(ctx context.Context, ns *Namespace) (Result, error) {
 	}
 	return Result{}, &Error{
 		Kind: KindNoBackend, Op: "lock", Namespace: ns.String(),
-		Err: errors.Join(append([]error{ErrUnsupported}, unsupported...)...),
+		Err:  errors.Join(append([]error{ErrUnsupported}, unsupported...)...),
 		Hint: "run criu-netlock check",
 	}
 }
