@@ -6,3 +6,11 @@ require (
 	github.com/vishvananda/netns v0.0.5
 	golang.org/x/sys v0.43.0
 )
+
+require (
+	github.com/google/go-cmp v0.7.0 // indirect
+	github.com/mdlayher/netlink v1.8.1-0.20251028132421-dcc6cab9a6eb // indirect
+	github.com/mdlayher/socket v0.5.1 // indirect
+	golang.org/x/net v0.43.0 // indirect
+	golang.org/x/sync v0.3.0 // indirect
+)

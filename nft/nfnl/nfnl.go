@@ -1,0 +1,333 @@
+// Package nfnl is a raw nfnetlink transport for nf_tables: one socket, whole
+// batches in one system call, every wait bounded by a context.
+//
+// google/nftables builds the batches; it does not send them, because its own
+// transport waits once per message for an echo (three system calls each), panics
+// in FD_SET on descriptors above 1023, and has no deadline on a send. nf_tables
+// answers within the system call that asks, so one send and one receive do.
+package nfnl
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"runtime"
+	"time"
+
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// ErrUnsure is wrapped by errors that came after a batch had been handed to the
+// kernel and before its answer was read: it may or may not be in force.
+var ErrUnsure = errors.New("the kernel's answer was lost")
+
+// ErrInterrupted is returned when the rule set kept changing under a dump.
+var ErrInterrupted = errors.New("the rule set kept changing while it was read")
+
+// Conn is a netlink socket of the network namespace in which it was dialled. It
+// is for one goroutine at a time.
+type Conn struct {
+	fd  int
+	seq uint32
+	buf []byte
+	// Slow is set once closing the socket may wait for an RCU grace period: after
+	// a batch that deleted something, or that the kernel refused.
+	Slow bool
+}
+
+// Dial opens a socket in the calling thread's network namespace.
+func Dial() (*Conn, error) {
+	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_NETFILTER)
+	if err != nil {
+		return nil, fmt.Errorf("socket: %w", err)
+	}
+	return &Conn{fd: fd, buf: make([]byte, 32<<10)}, nil
+}
+
+// Close closes the socket; see Slow.
+func (c *Conn) Close() error { return unix.Close(c.Take()) }
+
+// Take hands the descriptor to the caller; the Conn is of no use afterwards.
+func (c *Conn) Take() int {
+	fd := c.fd
+	c.fd = -1
+	return fd
+}
+
+// Request is one question to nf_tables.
+type Request struct {
+	Cmd    uint8 // unix.NFT_MSG_*
+	Dump   bool  // all objects; only the last of several requests may be a dump
+	Family uint8 // unix.NFPROTO_*
+	Attrs  []byte
+}
+
+// Answer is what came back for one Request: the attributes of each object, or
+// the errno (ENOENT: no such object).
+type Answer struct {
+	Objects []Object
+	Errno   unix.Errno
+}
+
+// Object is one object of nf_tables as its attributes describe it.
+type Object struct {
+	Family uint8
+	Attrs  []byte
+}
+
+const (
+	nlmsgHdrLen = 16
+	nfgenLen    = 4
+)
+
+// Ask puts all requests in one message and collects the answers. The error is
+// about the socket; what the kernel says of a request is in its Answer.
+func (c *Conn) Ask(ctx context.Context, reqs ...Request) ([]Answer, error) {
+	for range 8 {
+		out, again, err := c.ask(ctx, reqs)
+		if err != nil || !again {
+			return out, err
+		}
+	}
+	return nil, ErrInterrupted
+}
+
+func (c *Conn) ask(ctx context.Context, reqs []Request) (out []Answer, again bool, err error) {
+	first := c.seq + 1
+	b := make([]byte, 0, 256)
+	for _, r := range reqs {
+		c.seq++
+		flags := uint16(unix.NLM_F_REQUEST)
+		if r.Dump {
+			flags |= unix.NLM_F_DUMP
+		}
+		b = appendMsg(b, unix.NFNL_SUBSYS_NFTABLES<<8|uint16(r.Cmd), flags, c.seq,
+			[]byte{r.Family, unix.NFNETLINK_V0, 0, 0}, r.Attrs)
+	}
+	if err := c.send(ctx, b); err != nil {
+		return nil, false, err
+	}
+	out = make([]Answer, len(reqs))
+	open := len(reqs)
+	for open > 0 {
+		err := c.receive(ctx, true, func(h header, data []byte) {
+			i := int(h.seq - first)
+			if i < 0 || i >= len(reqs) {
+				return // an answer to an earlier question
+			}
+			again = again || h.flags&unix.NLM_F_DUMP_INTR != 0
+			switch {
+			case h.typ == unix.NLMSG_ERROR || h.typ == unix.NLMSG_DONE:
+				if len(data) >= 4 {
+					if n := int32(binary.NativeEndian.Uint32(data)); n < 0 {
+						out[i].Errno = unix.Errno(-n)
+					}
+				}
+				open--
+			case len(data) >= nfgenLen:
+				out[i].Objects = append(out[i].Objects, Object{data[0], append([]byte(nil), data[nfgenLen:]...)})
+				if h.flags&unix.NLM_F_MULTI == 0 {
+					open--
+				}
+			}
+		})
+		if err != nil {
+			return nil, false, err
+		}
+	}
+	return out, again, nil
+}
+
+// BatchError is the kernel's refusal of one message of a batch, and so of all.
+type BatchError struct {
+	Index int    // of the message, 0 for the batch itself
+	Cmd   uint16 // NFT_MSG_* of the message
+	Errno unix.Errno
+}
+
+var cmdNames = map[uint16]string{
+	unix.NFT_MSG_NEWTABLE: "create table", unix.NFT_MSG_DELTABLE: "delete table", msgDestroyTable: "destroy table",
+	unix.NFT_MSG_NEWCHAIN: "create chain", unix.NFT_MSG_NEWRULE: "create rule",
+}
+
+const msgDestroyTable = 26 // NFT_MSG_DESTROYTABLE, Linux 6.3
+
+func (e *BatchError) Error() string {
+	name := cmdNames[e.Cmd]
+	if e.Index == 0 || name == "" {
+		name = "batch"
+	}
+	return name + ": " + e.Errno.Error()
+}
+
+func (e *BatchError) Unwrap() error { return e.Errno }
+
+// IsNewChain tells whether it was a chain that the kernel refused.
+func (e *BatchError) IsNewChain() bool { return e.Index > 0 && e.Cmd == unix.NFT_MSG_NEWCHAIN }
+
+// Batch sends messages, the first and last of which begin and end a batch, and
+// waits for the kernel to commit them all, or none. A *BatchError means none;
+// ErrUnsure means that the caller has to look.
+func (c *Conn) Batch(ctx context.Context, msgs []netlink.Message) error {
+	if len(msgs) < 3 {
+		return errors.New("empty batch")
+	}
+	size := 0
+	for _, m := range msgs {
+		size += nlmsgHdrLen + len(m.Data)
+	}
+	if size > 100<<10 { // half the usual net.core.wmem_default, which counts overhead too
+		if err := unix.SetsockoptInt(c.fd, unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, 2*size); err != nil {
+			return fmt.Errorf("enlarge the send buffer: %w", err)
+		}
+	}
+	first := c.seq + 1
+	last := len(msgs) - 2
+	b := make([]byte, 0, size)
+	for i, m := range msgs {
+		c.seq++
+		flags := uint16(m.Header.Flags) &^ unix.NLM_F_ECHO
+		if i == last {
+			flags |= unix.NLM_F_ACK
+		}
+		b = appendMsg(b, uint16(m.Header.Type), flags, c.seq, m.Data, nil)
+		if cmd := uint16(m.Header.Type) & 0xff; i > 0 && i <= last && (cmd == unix.NFT_MSG_DELTABLE || cmd == msgDestroyTable) {
+			c.Slow = true
+		}
+	}
+	if err := c.send(ctx, b); err != nil {
+		return err
+	}
+	var refusal *BatchError
+	done := false
+	for !done {
+		err := c.receive(ctx, true, func(h header, data []byte) {
+			i := int(h.seq - first)
+			if h.typ != unix.NLMSG_ERROR || i < 0 || i >= len(msgs) || len(data) < 4 {
+				return
+			}
+			if n := int32(binary.NativeEndian.Uint32(data)); n != 0 && refusal == nil {
+				refusal = &BatchError{Index: i, Cmd: uint16(msgs[i].Header.Type) & 0xff, Errno: unix.Errno(-n)}
+			}
+			// A refusal of the batch as a whole comes alone, and instead of the ack.
+			done = done || i == last || refusal != nil
+		})
+		if err != nil {
+			c.Slow = true
+			return fmt.Errorf("%w: %w", ErrUnsure, err)
+		}
+	}
+	if refusal == nil {
+		return nil
+	}
+	c.Slow = true
+	// One error comes for each message at fault; read them away.
+	for c.receive(ctx, false, func(header, []byte) {}) == nil {
+	}
+	return refusal
+}
+
+func appendMsg(b []byte, typ, flags uint16, seq uint32, data, more []byte) []byte {
+	start := len(b)
+	b = binary.NativeEndian.AppendUint32(b, uint32(nlmsgHdrLen+len(data)+len(more)))
+	b = binary.NativeEndian.AppendUint16(b, typ)
+	b = binary.NativeEndian.AppendUint16(b, flags)
+	b = binary.NativeEndian.AppendUint32(b, seq)
+	b = binary.NativeEndian.AppendUint32(b, 0)
+	b = append(append(b, data...), more...)
+	for (len(b)-start)%4 != 0 {
+		b = append(b, 0)
+	}
+	return b
+}
+
+func (c *Conn) send(ctx context.Context, b []byte) error {
+	for {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		err := unix.Sendto(c.fd, b, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK})
+		switch err {
+		case nil:
+			return nil
+		case unix.EINTR:
+		case unix.EAGAIN:
+			if err := c.poll(ctx, unix.POLLOUT); err != nil {
+				return err
+			}
+		default:
+			return fmt.Errorf("send: %w", err)
+		}
+	}
+}
+
+type header struct {
+	typ, flags uint16
+	seq        uint32
+}
+
+// receive reads one datagram and calls f for each message in it. Only the kernel
+// is believed: a process with CAP_NET_ADMIN in the namespace can send to our port.
+func (c *Conn) receive(ctx context.Context, wait bool, f func(header, []byte)) error {
+	for {
+		n, _, flags, from, err := unix.Recvmsg(c.fd, c.buf, nil, unix.MSG_DONTWAIT)
+		switch {
+		case err == unix.EINTR:
+			if e := ctx.Err(); e != nil {
+				return e
+			}
+			continue
+		case err == unix.EAGAIN && wait:
+			if e := c.poll(ctx, unix.POLLIN); e != nil {
+				return e
+			}
+			continue
+		case err != nil:
+			return fmt.Errorf("receive: %w", err)
+		case flags&unix.MSG_TRUNC != 0:
+			return fmt.Errorf("receive: %w", unix.EMSGSIZE)
+		}
+		if sa, ok := from.(*unix.SockaddrNetlink); !ok || sa.Pid != 0 {
+			continue
+		}
+		for b := c.buf[:n]; len(b) >= nlmsgHdrLen; {
+			size := int(binary.NativeEndian.Uint32(b))
+			if size < nlmsgHdrLen || size > len(b) {
+				return errors.New("receive: malformed netlink message")
+			}
+			f(header{
+				typ:   binary.NativeEndian.Uint16(b[4:]),
+				flags: binary.NativeEndian.Uint16(b[6:]),
+				seq:   binary.NativeEndian.Uint32(b[8:]),
+			}, b[nlmsgHdrLen:size])
+			b = b[min(len(b), (size+3)&^3):]
+		}
+		return nil
+	}
+}
+
+// poll waits for the socket until the context ends.
+func (c *Conn) poll(ctx context.Context, events int16) error {
+	for {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		// A context without a deadline can still be cancelled: look at it now and then.
+		left := 100 * time.Millisecond
+		if d, ok := ctx.Deadline(); ok {
+			left = min(left, time.Until(d))
+		}
+		ts := unix.NsecToTimespec(max(0, left.Nanoseconds()))
+		fds := []unix.PollFd{{Fd: int32(c.fd), Events: events}}
+		n, err := unix.Ppoll(fds, &ts, nil)
+		if err != nil && err != unix.EINTR {
+			return fmt.Errorf("poll: %w", err)
+		}
+		if n > 0 {
+			return nil
+		}
+		runtime.Gosched()
+	}
+}
