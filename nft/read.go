@@ -1,0 +1,313 @@
+package nft
+
+import (
+	"encoding/hex"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"github.com/google/nftables/userdata"
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/criu-netlock/criu-netlock/netlock"
+	"github.com/criu-netlock/criu-netlock/nft/nfnl"
+)
+
+// table is one table under a name of ours, in whatever family.
+type table struct {
+	name   string
+	family uint8
+	flags  uint32
+	use    uint32 // chains, sets, objects and flow tables in it
+	owner  uint32 // netlink port of a live owner
+}
+
+func (t table) inet() bool { return t.family == unix.NFPROTO_INET }
+
+// held: a live process owns the table, and nobody else can change it.
+func (t table) held() bool { return t.owner != 0 }
+
+const (
+	nftaTableOwner    = 7   // NFTA_TABLE_OWNER, Linux 5.12
+	nftTableFDormant  = 0x1 // NFT_TABLE_F_DORMANT
+	nftaChainFlags    = 10  // NFTA_CHAIN_FLAGS
+	nftaHookDev       = 3   // NFTA_HOOK_DEV
+	nftaHookDevs      = 4   // NFTA_HOOK_DEVS
+	nftaBitwiseOp     = 6   // NFTA_BITWISE_OP: 0 is what it was before there were others
+	maxCommentLen     = 128 // NFTNL_UDATA_COMMENT_MAXLEN
+	nftaCounterPacket = unix.NFTA_COUNTER_PACKETS
+)
+
+// parseTable returns a table if its name is one of ours.
+func parseTable(o nfnl.Object) (t table, ours bool) {
+	t.family = o.Family
+	nfnl.Walk(o.Attrs, func(typ uint16, b []byte) {
+		switch typ {
+		case unix.NFTA_TABLE_NAME:
+			t.name = nfnl.Str(b)
+		case unix.NFTA_TABLE_FLAGS:
+			t.flags = nfnl.U32(b)
+		case unix.NFTA_TABLE_USE:
+			t.use = nfnl.U32(b)
+		case nftaTableOwner:
+			t.owner = nfnl.U32(b)
+		}
+	})
+	return t, t.name == tableNames[0] || t.name == tableNames[1]
+}
+
+// rule is a rule as the kernel tells it: its expressions in a canonical text that
+// hides nothing but the counters' values.
+type rule struct {
+	chain   string
+	text    string
+	packets uint64
+	comment string
+	udata   bool
+}
+
+func parseRule(o nfnl.Object) (r rule) {
+	sound := nfnl.Walk(o.Attrs, func(typ uint16, b []byte) {
+		switch typ {
+		case unix.NFTA_RULE_CHAIN:
+			r.chain = nfnl.Str(b)
+		case unix.NFTA_RULE_EXPRESSIONS:
+			r.text, r.packets = exprsText(b)
+		case unix.NFTA_RULE_USERDATA:
+			r.udata = true
+			r.comment, _ = userdata.GetString(b, userdata.TypeComment)
+		}
+	})
+	if !sound {
+		r.text = "malformed"
+	}
+	return r
+}
+
+// exprsText writes a list of expressions as text. Everything in it counts: an
+// expression or an attribute we do not know makes the text another one. (The
+// decoder of google/nftables passes over expressions that it does not know.)
+func exprsText(b []byte) (text string, packets uint64) {
+	var parts []string
+	sound := nfnl.Walk(b, func(_ uint16, e []byte) {
+		s, n := exprText(e)
+		packets += n
+		parts = append(parts, s)
+	})
+	if !sound {
+		return "malformed", 0
+	}
+	return strings.Join(parts, "; "), packets
+}
+
+// nested tells which attributes of which expressions hold attributes.
+func nested(path string) bool {
+	switch path {
+	case "cmp.3", "immediate.2", "immediate.2.2", "bitwise.4", "bitwise.5":
+		return true
+	}
+	return false
+}
+
+func exprText(b []byte) (text string, packets uint64) {
+	var name string
+	var data []byte
+	sound := nfnl.Walk(b, func(typ uint16, v []byte) {
+		switch typ {
+		case unix.NFTA_EXPR_NAME:
+			name = nfnl.Str(v)
+		case unix.NFTA_EXPR_DATA:
+			data = v
+		default:
+			name += fmt.Sprintf("?%d", typ)
+		}
+	})
+	if !sound {
+		return "malformed", 0
+	}
+	if name == "counter" {
+		nfnl.Walk(data, func(typ uint16, v []byte) {
+			if typ == nftaCounterPacket {
+				packets = nfnl.U64(v)
+			}
+		})
+		return name, packets
+	}
+	var s strings.Builder
+	s.WriteString(name)
+	attrsText(&s, name, data)
+	return s.String(), 0
+}
+
+func attrsText(s *strings.Builder, path string, b []byte) {
+	sound := nfnl.Walk(b, func(typ uint16, v []byte) {
+		p := fmt.Sprintf("%s.%d", path, typ)
+		switch {
+		case path == "bitwise" && typ == nftaBitwiseOp && nfnl.U32(v) == 0:
+		case nested(p):
+			fmt.Fprintf(s, " %d{", typ)
+			attrsText(s, p, v)
+			s.WriteString(" }")
+		default:
+			fmt.Fprintf(s, " %d=%s", typ, hex.EncodeToString(v))
+		}
+	})
+	if !sound {
+		s.WriteString(" malformed")
+	}
+}
+
+// wantTexts is the canonical text of every rule of a chain.
+func wantTexts(c chain, allow []netlock.Rule) ([]string, error) {
+	var out []string
+	for _, exprs := range c.rules(allow) {
+		var elems []netlink.Attribute
+		for _, e := range exprs {
+			b, err := expr.Marshal(unix.NFPROTO_INET, e)
+			if err != nil {
+				return nil, err
+			}
+			elems = append(elems, netlink.Attribute{Type: unix.NFTA_LIST_ELEM, Data: b})
+		}
+		b, err := netlink.MarshalAttributes(elems)
+		if err != nil {
+			return nil, err
+		}
+		text, _ := exprsText(b)
+		out = append(out, text)
+	}
+	return out, nil
+}
+
+// baseChainWhy says what keeps a chain from being ours; "" if nothing does.
+func baseChainWhy(o nfnl.Object, want chain) string {
+	var (
+		typ    string
+		policy = ^uint32(0)
+		hook   = ^uint32(0)
+		prio   uint32
+		extra  bool
+	)
+	nfnl.Walk(o.Attrs, func(t uint16, b []byte) {
+		switch t {
+		case unix.NFTA_CHAIN_TYPE:
+			typ = nfnl.Str(b)
+		case unix.NFTA_CHAIN_POLICY:
+			policy = nfnl.U32(b)
+		case nftaChainFlags:
+			extra = extra || nfnl.U32(b)&^1 != 0 // NFT_CHAIN_BASE alone
+		case unix.NFTA_CHAIN_HOOK:
+			nfnl.Walk(b, func(t uint16, b []byte) {
+				switch t {
+				case unix.NFTA_HOOK_HOOKNUM:
+					hook = nfnl.U32(b)
+				case unix.NFTA_HOOK_PRIORITY:
+					prio = nfnl.U32(b)
+				case nftaHookDev, nftaHookDevs:
+					extra = true
+				}
+			})
+		}
+	})
+	switch {
+	case hook == ^uint32(0):
+		return "is not a base chain"
+	case typ != "filter":
+		return "is of type " + typ
+	case hook != uint32(*want.hook) || int32(prio) != int32(*nftables.ChainPriorityRaw):
+		return "is hooked elsewhere"
+	case policy != uint32(nftables.ChainPolicyDrop):
+		return "does not drop"
+	case extra:
+		return "has other flags"
+	}
+	return ""
+}
+
+// view is what was read of one table.
+type view struct {
+	table
+	locks  bool   // it does drop, whatever else is in it
+	why    string // why it is not intact; "" if it is
+	since  time.Time
+	caller netlock.Caller
+	in     uint64
+	out    uint64
+	text   string // the comment
+}
+
+// judge compares a table with the lock that we would put there.
+func judge(t table, chainObjs [2]*nfnl.Object, rules []rule, allow []netlock.Rule) (view, error) {
+	v := view{table: t, locks: t.inet() && t.flags&nftTableFDormant == 0}
+	blame := func(locks bool, format string, args ...any) {
+		v.locks = v.locks && locks
+		if v.why == "" {
+			v.why = "table " + t.name + " " + fmt.Sprintf(format, args...)
+		}
+	}
+	switch {
+	case !t.inet():
+		blame(false, "is there in another family")
+		return v, nil
+	case t.flags&nftTableFDormant != 0:
+		blame(false, "is dormant")
+	case t.flags != 0:
+		blame(true, "has flags")
+	}
+	if t.use != 2 {
+		blame(true, "holds %d things where the lock has two chains", t.use)
+	}
+	for i, c := range chains() {
+		if chainObjs[i] == nil {
+			blame(false, "has no chain %s", c.name)
+			continue
+		}
+		if why := baseChainWhy(*chainObjs[i], c); why != "" {
+			blame(why == "has other flags", "has a chain %s that %s", c.name, why)
+		}
+		want, err := wantTexts(c, allow)
+		if err != nil {
+			return v, err
+		}
+		known := make(map[string]bool, len(want))
+		for _, w := range want {
+			known[w] = true
+		}
+		var got []rule
+		for _, r := range rules {
+			if r.chain == c.name {
+				got = append(got, r)
+			}
+		}
+		for n, r := range got {
+			last := n == len(want)-1
+			switch {
+			case !known[r.text]:
+				blame(false, "has a foreign rule in chain %s", c.name)
+			case n >= len(want) || r.text != want[n]:
+				blame(true, "has rules of chain %s twice or out of order", c.name)
+			case last != r.udata:
+				blame(true, "has comments in chain %s that are not ours", c.name)
+			}
+			if i == 0 {
+				v.in += r.packets
+			} else {
+				v.out += r.packets
+			}
+			if last {
+				var err error
+				v.text = r.comment
+				if v.since, v.caller, err = parseComment(r.comment); err != nil {
+					blame(true, "has %v in chain %s", err, c.name)
+				}
+			}
+		}
+		if len(got) < len(want) {
+			blame(true, "lacks rules in chain %s", c.name)
+		}
+	}
+	return v, nil
+}

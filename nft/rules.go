@@ -1,0 +1,197 @@
+package nft
+
+import (
+	"encoding/binary"
+	"errors"
+	"net/netip"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"github.com/google/nftables/userdata"
+	"golang.org/x/sys/unix"
+
+	"github.com/criu-netlock/criu-netlock/netlock"
+)
+
+// The names of our table. The second is for when the first is taken: by a live
+// owner, or by something that has to stay until its successor is in force.
+var tableNames = [2]string{"criu-netlock", "criu-netlock-2"}
+
+// FormatVersion is the first word of a lock's metadata; it changes with the rules.
+const FormatVersion = "1"
+
+// criuMark is SOCCR_MARK: CRIU marks the TCP segments that it injects to rebuild
+// half-closed sockets, and they travel over lo to the container's own address.
+const criuMark = 0xC114
+
+// The initial and only loopback device of every network namespace has ifindex 1.
+const loIndex = 1
+
+// chain is one of the two base chains of a lock.
+type chain struct {
+	name string
+	hook *nftables.ChainHook
+	lo   expr.MetaKey
+}
+
+// prerouting and output at priority raw: before conntrack, which a dropped packet
+// must not move, and before routing, so that forwarded packets stop too.
+func chains() [2]chain {
+	return [2]chain{
+		{"ingress", nftables.ChainHookPrerouting, expr.MetaKeyIIF},
+		{"egress", nftables.ChainHookOutput, expr.MetaKeyOIF},
+	}
+}
+
+func eq(data []byte) expr.Any {
+	return &expr.Cmp{Op: expr.CmpOpEq, Register: unix.NFT_REG_1, Data: data}
+}
+
+func meta(key expr.MetaKey, data []byte) []expr.Any {
+	return []expr.Any{&expr.Meta{Key: key, Register: unix.NFT_REG_1}, eq(data)}
+}
+
+func payload(base expr.PayloadBase, off, size uint32) expr.Any {
+	return &expr.Payload{DestRegister: unix.NFT_REG_1, Base: base, Offset: off, Len: size}
+}
+
+func native32(v uint32) []byte { return binary.NativeEndian.AppendUint32(nil, v) }
+
+func accept(parts ...[]expr.Any) []expr.Any {
+	var out []expr.Any
+	for _, p := range parts {
+		out = append(out, p...)
+	}
+	return append(out, &expr.Verdict{Kind: expr.VerdictAccept})
+}
+
+// rules is what a chain of the lock holds, in order; the last one counts what the
+// policy then drops.
+func (c chain) rules(allow []netlock.Rule) [][]expr.Any {
+	out := [][]expr.Any{
+		accept(meta(c.lo, native32(loIndex)), meta(expr.MetaKeyL4PROTO, []byte{unix.IPPROTO_TCP}), meta(expr.MetaKeyMARK, native32(criuMark))),
+	}
+	// Without neighbour discovery a peer gives an old IPv6 connection up.
+	for _, typ := range []byte{135, 136} { // neighbour solicitation and advertisement
+		out = append(out, accept(
+			meta(expr.MetaKeyL4PROTO, []byte{unix.IPPROTO_ICMPV6}),
+			[]expr.Any{payload(expr.PayloadBaseTransportHeader, 0, 1), eq([]byte{typ})}))
+	}
+	for _, r := range netlock.Expand(allow) {
+		out = append(out, allowExprs(r))
+	}
+	return append(out, []expr.Any{&expr.Counter{}})
+}
+
+var protoNumbers = map[string]byte{
+	"tcp": unix.IPPROTO_TCP, "udp": unix.IPPROTO_UDP, "sctp": unix.IPPROTO_SCTP,
+	"icmp": unix.IPPROTO_ICMP, "icmpv6": unix.IPPROTO_ICMPV6,
+}
+
+// allowExprs writes a rule as nft would compile it, so that it reads back the same
+// after a list and a replay.
+func allowExprs(r netlock.Rule) []expr.Any {
+	var parts [][]expr.Any
+	switch r.Family {
+	case "ip":
+		parts = append(parts, meta(expr.MetaKeyNFPROTO, []byte{unix.NFPROTO_IPV4}),
+			addr(r.Saddr, 12), addr(r.Daddr, 16))
+	case "ip6":
+		parts = append(parts, meta(expr.MetaKeyNFPROTO, []byte{unix.NFPROTO_IPV6}),
+			addr(r.Saddr, 8), addr(r.Daddr, 24))
+	}
+	if r.Proto != "" {
+		parts = append(parts, meta(expr.MetaKeyL4PROTO, []byte{protoNumbers[r.Proto]}))
+	}
+	port := func(p uint16, off uint32) {
+		if p != 0 {
+			parts = append(parts, []expr.Any{
+				payload(expr.PayloadBaseTransportHeader, off, 2), eq(binary.BigEndian.AppendUint16(nil, p))})
+		}
+	}
+	port(r.Sport, 0)
+	port(r.Dport, 2)
+	return accept(parts...)
+}
+
+// addr matches the network header at off against a prefix: whole bytes by a
+// shorter load, the rest by a mask, as nft does.
+func addr(p netip.Prefix, off uint32) []expr.Any {
+	if !p.IsValid() {
+		return nil
+	}
+	a := p.Addr().AsSlice()
+	if n := p.Bits() / 8; p.Bits()%8 == 0 {
+		return []expr.Any{payload(expr.PayloadBaseNetworkHeader, off, uint32(n)), eq(a[:n])}
+	}
+	mask := make([]byte, len(a))
+	for i := range p.Bits() {
+		mask[i/8] |= 0x80 >> (i % 8)
+	}
+	return []expr.Any{
+		payload(expr.PayloadBaseNetworkHeader, off, uint32(len(a))),
+		&expr.Bitwise{SourceRegister: unix.NFT_REG_1, DestRegister: unix.NFT_REG_1, Len: uint32(len(a)), Mask: mask, Xor: make([]byte, len(a))},
+		eq(a),
+	}
+}
+
+// comment is a lock's metadata; it travels in the rule set, through an image too.
+func comment(now time.Time, c netlock.Caller) string {
+	return strings.Join([]string{
+		"criu-netlock", FormatVersion, now.UTC().Format(time.RFC3339), strconv.Itoa(c.PID), cleanName(c.Name)}, " ")
+}
+
+// cleanName keeps a task's name, which the task chooses, from ending the comment
+// or the line when nft prints it.
+func cleanName(s string) string {
+	b := []byte(s)
+	for i, c := range b {
+		switch {
+		case c >= 'a' && c <= 'z', c >= 'A' && c <= 'Z', c >= '0' && c <= '9', c == '.', c == '_', c == '-':
+		default:
+			b[i] = '_'
+		}
+	}
+	if len(b) == 0 {
+		return "-"
+	}
+	return string(b[:min(len(b), 15)])
+}
+
+func parseComment(s string) (since time.Time, c netlock.Caller, err error) {
+	f := strings.Split(s, " ")
+	if len(f) != 5 || f[0] != "criu-netlock" || f[1] != FormatVersion {
+		return since, c, errors.New("no metadata of ours")
+	}
+	if since, err = time.Parse(time.RFC3339, f[2]); err != nil {
+		return since, c, errors.New("metadata with a wrong time")
+	}
+	if c.PID, err = strconv.Atoi(f[3]); err != nil || f[4] != cleanName(f[4]) {
+		return since, netlock.Caller{}, errors.New("metadata with a wrong caller")
+	}
+	c.Name = f[4]
+	return since, c, nil
+}
+
+// addLock puts a whole lock into a batch.
+func addLock(c *nftables.Conn, name string, allow []netlock.Rule, text string) {
+	t := c.CreateTable(&nftables.Table{Name: name, Family: nftables.TableFamilyINet})
+	drop := nftables.ChainPolicyDrop
+	for _, ch := range chains() {
+		nc := c.AddChain(&nftables.Chain{
+			Name: ch.name, Table: t, Type: nftables.ChainTypeFilter,
+			Hooknum: ch.hook, Priority: nftables.ChainPriorityRaw, Policy: &drop,
+		})
+		rules := ch.rules(allow)
+		for i, exprs := range rules {
+			r := &nftables.Rule{Table: t, Chain: nc, Exprs: exprs}
+			if i == len(rules)-1 {
+				r.UserData = userdata.AppendString(nil, userdata.TypeComment, text)
+			}
+			c.AddRule(r)
+		}
+	}
+}
