@@ -1,9 +1,8 @@
 package nft
 
 import (
-	"encoding/hex"
+	"encoding/binary"
 	"fmt"
-	"strings"
 	"time"
 
 	"github.com/google/nftables"
@@ -31,14 +30,12 @@ func (t table) inet() bool { return t.family == unix.NFPROTO_INET }
 func (t table) held() bool { return t.owner != 0 }
 
 const (
-	nftaTableOwner    = 7   // NFTA_TABLE_OWNER, Linux 5.12
-	nftTableFDormant  = 0x1 // NFT_TABLE_F_DORMANT
-	nftaChainFlags    = 10  // NFTA_CHAIN_FLAGS
-	nftaHookDev       = 3   // NFTA_HOOK_DEV
-	nftaHookDevs      = 4   // NFTA_HOOK_DEVS
-	nftaBitwiseOp     = 6   // NFTA_BITWISE_OP: 0 is what it was before there were others
-	maxCommentLen     = 128 // NFTNL_UDATA_COMMENT_MAXLEN
-	nftaCounterPacket = unix.NFTA_COUNTER_PACKETS
+	nftaTableOwner   = 7   // NFTA_TABLE_OWNER, Linux 5.12
+	nftTableFDormant = 0x1 // NFT_TABLE_F_DORMANT
+	nftaChainFlags   = 10  // NFTA_CHAIN_FLAGS
+	nftaHookDev      = 3   // NFTA_HOOK_DEV
+	nftaHookDevs     = 4   // NFTA_HOOK_DEVS
+	nftaBitwiseOp    = 6   // NFTA_BITWISE_OP: 0 is what it was before there were others
 )
 
 // parseTable returns a table if its name is one of ours.
@@ -87,32 +84,28 @@ func parseRule(o nfnl.Object) (r rule) {
 	return r
 }
 
-// exprsText writes a list of expressions as text. Everything in it counts: an
-// expression or an attribute we do not know makes the text another one. (The
-// decoder of google/nftables passes over expressions that it does not know.)
+// malformed stands in a canonical text for what cannot be parsed; no rule of ours
+// has it, since none has an expression without a name.
+const malformed = "\x00malformed"
+
+// exprsText writes a list of expressions in one canonical form, whoever marshalled
+// them. Everything in it counts: an expression or an attribute we do not know makes
+// another text. (The decoder of google/nftables passes over expressions that it
+// does not know.) Only a counter's values are left out.
 func exprsText(b []byte) (text string, packets uint64) {
-	var parts []string
+	out := make([]byte, 0, len(b))
 	sound := nfnl.Walk(b, func(_ uint16, e []byte) {
-		s, n := exprText(e)
+		var n uint64
+		out, n = appendExpr(out, e)
 		packets += n
-		parts = append(parts, s)
 	})
 	if !sound {
-		return "malformed", 0
+		return malformed, 0
 	}
-	return strings.Join(parts, "; "), packets
+	return string(out), packets
 }
 
-// nested tells which attributes of which expressions hold attributes.
-func nested(path string) bool {
-	switch path {
-	case "cmp.3", "immediate.2", "immediate.2.2", "bitwise.4", "bitwise.5":
-		return true
-	}
-	return false
-}
-
-func exprText(b []byte) (text string, packets uint64) {
+func appendExpr(out, b []byte) (_ []byte, packets uint64) {
 	var name string
 	var data []byte
 	sound := nfnl.Walk(b, func(typ uint16, v []byte) {
@@ -122,42 +115,58 @@ func exprText(b []byte) (text string, packets uint64) {
 		case unix.NFTA_EXPR_DATA:
 			data = v
 		default:
-			name += fmt.Sprintf("?%d", typ)
+			out = append(out, malformed...)
 		}
 	})
 	if !sound {
-		return "malformed", 0
+		return append(out, malformed...), 0
 	}
+	out = append(append(out, name...), '{')
 	if name == "counter" {
 		nfnl.Walk(data, func(typ uint16, v []byte) {
-			if typ == nftaCounterPacket {
+			if typ == unix.NFTA_COUNTER_PACKETS {
 				packets = nfnl.U64(v)
 			}
 		})
-		return name, packets
+	} else {
+		out = appendAttrs(out, name, 0, data)
 	}
-	var s strings.Builder
-	s.WriteString(name)
-	attrsText(&s, name, data)
-	return s.String(), 0
+	return append(out, '}'), packets
 }
 
-func attrsText(s *strings.Builder, path string, b []byte) {
+// nested tells whether an attribute of an expression holds attributes; outer is
+// the type of the attribute that it stands in, 0 for none.
+func nested(name string, outer, typ uint16) bool {
+	switch name {
+	case "cmp":
+		return outer == 0 && typ == unix.NFTA_CMP_DATA
+	case "immediate":
+		return outer == 0 && typ == unix.NFTA_IMMEDIATE_DATA || outer == unix.NFTA_IMMEDIATE_DATA && typ == unix.NFTA_DATA_VERDICT
+	case "bitwise":
+		return outer == 0 && (typ == unix.NFTA_BITWISE_MASK || typ == unix.NFTA_BITWISE_XOR)
+	}
+	return false
+}
+
+func appendAttrs(out []byte, name string, outer uint16, b []byte) []byte {
 	sound := nfnl.Walk(b, func(typ uint16, v []byte) {
-		p := fmt.Sprintf("%s.%d", path, typ)
-		switch {
-		case path == "bitwise" && typ == nftaBitwiseOp && nfnl.U32(v) == 0:
-		case nested(p):
-			fmt.Fprintf(s, " %d{", typ)
-			attrsText(s, p, v)
-			s.WriteString(" }")
-		default:
-			fmt.Fprintf(s, " %d=%s", typ, hex.EncodeToString(v))
+		if name == "bitwise" && typ == nftaBitwiseOp && nfnl.U32(v) == 0 {
+			return // the kernel names what we leave to its default
 		}
+		isNested := nested(name, outer, typ)
+		out = binary.BigEndian.AppendUint16(out, typ)
+		if isNested {
+			out = append(out, '{')
+			out = append(appendAttrs(out, name, typ, v), '}')
+			return
+		}
+		out = binary.BigEndian.AppendUint16(out, uint16(len(v)))
+		out = append(out, v...)
 	})
 	if !sound {
-		s.WriteString(" malformed")
+		out = append(out, malformed...)
 	}
+	return out
 }
 
 // wantTexts is the canonical text of every rule of a chain.

@@ -43,7 +43,7 @@ func Dial() (*Conn, error) {
 	if err != nil {
 		return nil, fmt.Errorf("socket: %w", err)
 	}
-	return &Conn{fd: fd, buf: make([]byte, 32<<10)}, nil
+	return &Conn{fd: fd, buf: make([]byte, 16<<10)}, nil
 }
 
 // Close closes the socket; see Slow.
