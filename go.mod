@@ -1,6 +1,6 @@
 module github.com/criu-netlock/criu-netlock
 
-go 1.26.0
+go 1.25.0
 
 require (
 	github.com/vishvananda/netns v0.0.5

@@ -1,0 +1,74 @@
+# criu-netlock. On a fresh Debian machine, as root: `make demo` shows the program at
+# its work, `make test` runs every test. Both install what they need.
+
+SHELL   := /bin/bash
+GO      ?= go
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+PREFIX  ?= /usr/local
+LINT    := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.12.2
+# What is slow to make is kept here, outside the checkout, and made anew when missing.
+CACHE   ?= /var/cache/criu-netlock
+
+# Start-up time is spent while a container is frozen: no cgo, no symbol tables.
+export CGO_ENABLED := 0
+GOFLAGS_BUILD := -trimpath -ldflags "-s -w -X main.version=$(VERSION)"
+FUZZTIME ?= 5s
+
+.PHONY: help build install test lint bench demo deps fuzz clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+build: deps-go ## build bin/criu-netlock
+	$(GO) build $(GOFLAGS_BUILD) -o bin/criu-netlock ./cmd/criu-netlock
+
+install: build ## install the program to PREFIX/sbin (/usr/local/sbin)
+	install -D -m 0755 bin/criu-netlock $(DESTDIR)$(PREFIX)/sbin/criu-netlock
+
+test: deps ## all tests: units, fuzzing, the kernel, real CRIU and runc
+	$(GO) vet ./...
+	$(GO) test -p 1 -count=1 -timeout 30m ./...
+	$(MAKE) --no-print-directory fuzz
+
+# Every fuzz target for some seconds; a target that is not found is an error.
+fuzz: deps-go ## run every fuzz target for FUZZTIME
+	@set -e; n=0; for f in $$(grep -rlE '^func Fuzz' --include='*_test.go' .); do \
+	  for t in $$(sed -nE 's/^func (Fuzz[A-Za-z0-9_]+)\(.*/\1/p' $$f); do \
+	    echo "fuzz $$t in $$(dirname $$f)"; \
+	    $(GO) test -run '^$$' -fuzz "^$$t\$$" -fuzztime $(FUZZTIME) $$(dirname $$f); n=$$((n+1)); \
+	  done; done; [ $$n -gt 0 ]
+
+lint: deps-go ## gofmt, vet, golangci-lint, go mod tidy and verify
+	@out=$$(gofmt -l .); [ -z "$$out" ] || { echo "gofmt: $$out"; exit 1; }
+	$(GO) vet ./...
+	$(GO) mod verify
+	$(GO) mod tidy -diff
+	@mkdir -p $(CACHE)
+	@[ -x $(CACHE)/golangci-lint-$(lastword $(subst @, ,$(LINT))) ] || \
+	  { GOBIN=$(CACHE)/lint.tmp $(GO) install $(LINT) && mv $(CACHE)/lint.tmp/golangci-lint $(CACHE)/golangci-lint-$(lastword $(subst @, ,$(LINT))); }
+	$(CACHE)/golangci-lint-$(lastword $(subst @, ,$(LINT))) run
+
+bench: deps ## measure beside what a user would use instead, as ratios
+	$(GO) run ./e2e/bench
+
+demo: deps ## checkpoint and restore a container with a live connection
+	$(GO) run ./e2e/demo
+
+deps: deps-go ## install Debian's packages that the tests need, if they are missing
+	@need=; have() { PATH=$$PATH:/usr/sbin:/sbin command -v $$1 >/dev/null; }; \
+	have nft || need="$$need nftables"; \
+	have iptables-legacy-restore || need="$$need iptables"; \
+	have ip || need="$$need iproute2"; \
+	have debootstrap || need="$$need debootstrap"; \
+	have strace || need="$$need strace"; \
+	have capsh || need="$$need libcap2-bin"; \
+	have unshare && have setpriv || need="$$need util-linux"; \
+	[ -z "$$need" ] || { apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends $$need; }
+
+.PHONY: deps-go
+deps-go:
+	@command -v $(GO) >/dev/null || { apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends golang-go ca-certificates; }
+	@$(GO) version >/dev/null || { echo "criu-netlock needs Go 1.25, or a Go from 1.21 on that can fetch it"; exit 1; }
+
+clean: ## remove what was built here; CACHE stays
+	rm -rf bin

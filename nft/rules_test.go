@@ -1,0 +1,135 @@
+package nft
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/criu-netlock/criu-netlock/netlock"
+	"github.com/criu-netlock/criu-netlock/nft/nfnl"
+)
+
+func TestCommentRoundTrip(t *testing.T) {
+	now := time.Date(2026, 11, 23, 15, 13, 55, 999, time.UTC)
+	for _, name := range []string{"criu", "", "a b", "x\"; accept\n", strings.Repeat("n", 40), "naïve", "$(id)"} {
+		text := comment(now, netlock.Caller{PID: 42, Name: name})
+		if len(text) > 127 {
+			t.Errorf("%q: %d bytes, nft's limit is 127", text, len(text))
+		}
+		if strings.ContainsAny(text, "\"\n\\") {
+			t.Errorf("%q would end nft's string", text)
+		}
+		since, c, err := parseComment(text)
+		if err != nil || !since.Equal(now.Truncate(time.Second)) || c.PID != 42 || c.Name != cleanName(name) {
+			t.Errorf("%q reads back as %v %v %v", text, since, c, err)
+		}
+	}
+	for _, bad := range []string{"", "criu-netlock", "criu-netlock 2 2026-11-23T15:13:55Z 1 criu", "criu-netlock 1 yesterday 1 criu",
+		"criu-netlock 1 2026-11-23T15:13:55Z x criu", "criu-netlock 1 2026-11-23T15:13:55Z 1 a\"b", "criu-netlock 1 2026-11-23T15:13:55Z 1 criu more"} {
+		if _, _, err := parseComment(bad); err == nil {
+			t.Errorf("%q passes for our metadata", bad)
+		}
+	}
+}
+
+func TestPlace(t *testing.T) {
+	tab := func(name string, family uint8) table { return table{name: name, family: family} }
+	v := func(name string, locks bool) view { return view{table: tab(name, unix.NFPROTO_INET), locks: locks} }
+	first, second := tableNames[0], tableNames[1]
+	held := func(names ...string) (ts []table) {
+		for _, n := range names {
+			ts = append(ts, tab(n, unix.NFPROTO_INET))
+		}
+		return ts
+	}
+	for name, c := range map[string]struct {
+		mine    []view
+		held    []table
+		want    string
+		replace bool
+		ok      bool
+	}{
+		"nothing there":                       {want: first, ok: true},
+		"first broken":                        {mine: []view{v(first, true)}, want: second, ok: true},
+		"second broken":                       {mine: []view{v(second, true)}, want: first, ok: true},
+		"both there, the first locks":         {mine: []view{v(first, true), v(second, false)}, want: second, replace: true, ok: true},
+		"both there, the second locks":        {mine: []view{v(first, false), v(second, true)}, want: first, replace: true, ok: true},
+		"both lock":                           {mine: []view{v(first, true), v(second, true)}, want: second, replace: true, ok: true},
+		"first held":                          {held: held(first), want: second, ok: true},
+		"first held, second locks":            {held: held(first), mine: []view{v(second, true)}, want: second, replace: true, ok: true},
+		"second held, first locks":            {held: held(second), mine: []view{v(first, true)}, want: first, replace: true, ok: true},
+		"both held":                           {held: held(first, second)},
+		"held in another family is no matter": {held: []table{tab(first, unix.NFPROTO_IPV4)}, want: first, ok: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			got, replace, ok := place(c.mine, c.held)
+			if got != c.want || replace != c.replace || ok != c.ok {
+				t.Errorf("place = %q, %v, %v; want %q, %v, %v", got, replace, ok, c.want, c.replace, c.ok)
+			}
+		})
+	}
+}
+
+// What the canonical text must tell apart, and what it must not.
+func TestExprsText(t *testing.T) {
+	cmp := func(nested bool, value ...byte) []byte {
+		data := nfnl.Attr(nil, unix.NFTA_DATA_VALUE, value)
+		typ := uint16(unix.NFTA_CMP_DATA)
+		if nested {
+			typ |= unix.NLA_F_NESTED
+		}
+		b := nfnl.Attr(nil, unix.NFTA_CMP_SREG, []byte{0, 0, 0, 1})
+		return nfnl.Attr(b, typ, data)
+	}
+	elem := func(name string, data []byte) []byte {
+		b := nfnl.AttrString(nil, unix.NFTA_EXPR_NAME, name)
+		b = nfnl.Attr(b, unix.NFTA_EXPR_DATA|unix.NLA_F_NESTED, data)
+		return nfnl.Attr(nil, unix.NFTA_LIST_ELEM|unix.NLA_F_NESTED, b)
+	}
+	text := func(b []byte) string { s, _ := exprsText(b); return s }
+	base := text(elem("cmp", cmp(true, 6)))
+	if got := text(elem("cmp", cmp(false, 6))); got != base {
+		t.Errorf("the NESTED flag alone makes another text: %q, %q", got, base)
+	}
+	for name, b := range map[string][]byte{
+		"another value":         elem("cmp", cmp(true, 7)),
+		"a longer value":        elem("cmp", cmp(true, 6, 0)),
+		"another expression":    elem("range", cmp(true, 6)),
+		"one more attribute":    elem("cmp", nfnl.Attr(cmp(true, 6), 9, []byte{1})),
+		"one more expression":   append(elem("cmp", cmp(true, 6)), elem("unknown", nil)...),
+		"a truncated attribute": elem("cmp", cmp(true, 6)[:11]),
+		"a truncated list":      elem("cmp", cmp(true, 6))[:9],
+	} {
+		if text(b) == base {
+			t.Errorf("%s: the text is the same", name)
+		}
+	}
+	counter := func(n byte) []byte {
+		return elem("counter", nfnl.Attr(nil, unix.NFTA_COUNTER_PACKETS, []byte{0, 0, 0, 0, 0, 0, 0, n}))
+	}
+	a, n := exprsText(counter(3))
+	b, _ := exprsText(counter(4))
+	if a != b || n != 3 {
+		t.Errorf("counters: %q, %q, %d packets; want the same text and 3", a, b, n)
+	}
+}
+
+// No bytes from the kernel, or from whoever passes for it, may panic.
+func FuzzRead(f *testing.F) {
+	f.Add([]byte{8, 0, 1, 0, 'a', 0, 0, 0}, uint8(1))
+	f.Add([]byte{4, 0, 1, 128, 8, 0, 2, 0, 1, 2, 3, 4}, uint8(10))
+	f.Fuzz(func(t *testing.T, b []byte, family uint8) {
+		o := nfnl.Object{Family: family, Attrs: b}
+		tab, _ := parseTable(o)
+		r := parseRule(o)
+		v, err := judge(tab, [2]*nfnl.Object{&o, &o}, []rule{r, r}, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if v.why == "" {
+			t.Fatalf("%x passes for an intact lock", b)
+		}
+	})
+}
