@@ -15,6 +15,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"sync"
 	"time"
 
@@ -34,6 +35,7 @@ type Backend struct {
 	release func(fd int)
 	now     func() time.Time
 	closer  closer
+	rules   cache
 }
 
 // Option changes a Backend.
@@ -100,12 +102,33 @@ func (c *closer) drain() {
 
 func (c *closer) wait() { c.idle.Wait() }
 
+// cache keeps what the rules read back as: a Backend mostly meets one allow list.
+type cache struct {
+	mu    sync.Mutex
+	allow []netlock.Rule
+	want  texts
+}
+
+func (c *cache) get(allow []netlock.Rule) (texts, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.want[0] == nil || !slices.Equal(c.allow, allow) {
+		want, err := wantBoth(allow)
+		if err != nil {
+			return want, err
+		}
+		c.allow, c.want = slices.Clone(allow), want
+	}
+	return c.want, nil
+}
+
 // session is one operation on one namespace.
 type session struct {
 	ctx  context.Context
 	conn *nfnl.Conn
 	ns   *netlock.Namespace
 	o    netlock.Options
+	b    *Backend
 	// held are the tables that answered EPERM though their owner did not show.
 	held map[table]bool
 	// noDestroy: the kernel is older than 6.3 and does not know "destroy".
@@ -115,7 +138,7 @@ type session struct {
 // in runs f with a socket of the namespace.
 func (b *Backend) in(ctx context.Context, ns *netlock.Namespace, o netlock.Options, f func(*session) error) error {
 	return ns.Do(func() error {
-		s := &session{ctx: ctx, ns: ns, o: o, held: map[table]bool{}}
+		s := &session{ctx: ctx, ns: ns, o: o, b: b, held: map[table]bool{}}
 		if err := ctx.Err(); err != nil {
 			return s.fail("start", err)
 		}
@@ -189,8 +212,12 @@ func (s *session) look() (gen uint32, ours []table, err error) {
 
 // read judges one table. A table that vanished meanwhile locks nothing.
 func (s *session) read(t table) (view, error) {
+	want, err := s.b.rules.get(s.o.Allow)
+	if err != nil {
+		return view{}, err
+	}
 	if !t.inet() {
-		return judge(t, [2]*nfnl.Object{}, nil, s.o.Allow)
+		return judge(t, [2]*nfnl.Object{}, nil, want), nil
 	}
 	inTable := nfnl.AttrString(nil, unix.NFTA_CHAIN_TABLE, t.name) // NFTA_RULE_TABLE is the same number
 	var reqs []nfnl.Request
@@ -213,7 +240,7 @@ func (s *session) read(t table) (view, error) {
 	for _, o := range ans[2].Objects {
 		rules = append(rules, parseRule(o))
 	}
-	return judge(t, objs, rules, s.o.Allow)
+	return judge(t, objs, rules, want), nil
 }
 
 // views reads all tables and splits off those that a live process owns.

@@ -3,6 +3,7 @@ package nft
 import (
 	"encoding/binary"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/google/nftables"
@@ -185,6 +186,18 @@ func appendAttrs(out []byte, name string, outer uint16, b []byte) []byte {
 	return out
 }
 
+// texts is the canonical text of every rule of both chains.
+type texts [2][]string
+
+func wantBoth(allow []netlock.Rule) (want texts, err error) {
+	for i, c := range chains() {
+		if want[i], err = wantTexts(c, allow); err != nil {
+			return want, err
+		}
+	}
+	return want, nil
+}
+
 // wantTexts is the canonical text of every rule of a chain.
 func wantTexts(c chain, allow []netlock.Rule) ([]string, error) {
 	var out []string
@@ -265,7 +278,7 @@ type view struct {
 }
 
 // judge compares a table with the lock that we would put there.
-func judge(t table, chainObjs [2]*nfnl.Object, rules []rule, allow []netlock.Rule) (view, error) {
+func judge(t table, chainObjs [2]*nfnl.Object, rules []rule, wants texts) view {
 	v := view{table: t, locks: t.inet() && t.flags&nftTableFDormant == 0}
 	blame := func(locks bool, format string, args ...any) {
 		v.locks = v.locks && locks
@@ -276,7 +289,7 @@ func judge(t table, chainObjs [2]*nfnl.Object, rules []rule, allow []netlock.Rul
 	switch {
 	case !t.inet():
 		blame(false, "is there in another family")
-		return v, nil
+		return v
 	case t.flags&nftTableFDormant != 0:
 		blame(false, "is dormant")
 	case t.flags != 0:
@@ -293,14 +306,7 @@ func judge(t table, chainObjs [2]*nfnl.Object, rules []rule, allow []netlock.Rul
 		if why := baseChainWhy(*chainObjs[i], c); why != "" {
 			blame(why == "has other flags", "has a chain %s that %s", c.name, why)
 		}
-		want, err := wantTexts(c, allow)
-		if err != nil {
-			return v, err
-		}
-		known := make(map[string]bool, len(want))
-		for _, w := range want {
-			known[w] = true
-		}
+		want := wants[i]
 		var got []rule
 		for _, r := range rules {
 			if r.chain == c.name {
@@ -310,7 +316,8 @@ func judge(t table, chainObjs [2]*nfnl.Object, rules []rule, allow []netlock.Rul
 		for n, r := range got {
 			last := n == len(want)-1
 			switch {
-			case !known[r.text]:
+			case n < len(want) && r.text == want[n] && last == r.udata:
+			case !slices.Contains(want, r.text):
 				blame(false, "has a foreign rule in chain %s", c.name)
 			case n >= len(want) || r.text != want[n]:
 				blame(true, "has rules of chain %s twice or out of order", c.name)
@@ -334,5 +341,5 @@ func judge(t table, chainObjs [2]*nfnl.Object, rules []rule, allow []netlock.Rul
 			blame(true, "lacks rules in chain %s", c.name)
 		}
 	}
-	return v, nil
+	return v
 }

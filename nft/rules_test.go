@@ -120,15 +120,15 @@ func TestExprsText(t *testing.T) {
 func FuzzRead(f *testing.F) {
 	f.Add([]byte{8, 0, 1, 0, 'a', 0, 0, 0}, uint8(1))
 	f.Add([]byte{4, 0, 1, 128, 8, 0, 2, 0, 1, 2, 3, 4}, uint8(10))
+	want, err := wantBoth(nil)
+	if err != nil {
+		f.Fatal(err)
+	}
 	f.Fuzz(func(t *testing.T, b []byte, family uint8) {
 		o := nfnl.Object{Family: family, Attrs: b}
 		tab, _ := parseTable(o)
 		r := parseRule(o)
-		v, err := judge(tab, [2]*nfnl.Object{&o, &o}, []rule{r, r}, nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if v.why == "" {
+		if v := judge(tab, [2]*nfnl.Object{&o, &o}, []rule{r, r}, want); v.why == "" {
 			t.Fatalf("%x passes for an intact lock", b)
 		}
 	})
