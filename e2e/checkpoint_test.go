@@ -1,0 +1,236 @@
+package e2e
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/criu-netlock/criu-netlock/e2e/testbed"
+	"github.com/criu-netlock/criu-netlock/e2e/traffic"
+)
+
+// userRules are the container's own: they must come out of everything unchanged.
+const userRules = `table inet user {
+	chain input {
+		type filter hook input priority filter; policy accept;
+		tcp dport 4444 counter packets 3 bytes 180 reject
+	}
+}
+`
+
+// lockedAt are the hooks after which our lock must be in force; before a dump's
+// network-lock and from network-unlock on it must not be there.
+var lockedAt = []string{"network-lock", "post-dump", "setup-namespaces", "post-setup-namespaces", "post-restore"}
+
+// run is a fixture with live connections, whose hooks are watched.
+type run struct {
+	*fixture
+	streams map[string]*traffic.Stream
+	rules   string
+	failAt  string // the hook that the test makes fail
+	errs    []error
+}
+
+var errOnPurpose = errors.New("failed on purpose")
+
+func newRun(t *testing.T, engine, lock string) *run {
+	t.Helper()
+	r := &run{fixture: begin(t, engine, lock, oursPath, relayPath), streams: map[string]*traffic.Stream{}}
+	if _, err := r.l.Feed(r.ctx, r.e.Netns(), userRules, "nft", "-f", "-"); err != nil {
+		t.Fatal(err)
+	}
+	var err error
+	if r.rules, err = r.l.Rules(r.ctx, r.e.Netns()); err != nil {
+		t.Fatal(err)
+	}
+	for _, family := range []string{"tcp4", "tcp6"} {
+		r.streams[family] = traffic.Start(r.dial(family, traffic.StreamPort))
+	}
+	// The probes must be able to fail.
+	if err := r.probe("before", r.e.Netns(), false); err != nil {
+		t.Fatal(err)
+	}
+	r.flows("before")
+	return r
+}
+
+// watch is told of every hook after criu-netlock has handled it.
+func (r *run) watch(h testbed.Hook) error {
+	var err error
+	switch path := fmt.Sprintf("/proc/%s/ns/net", h.PID); {
+	case slices.Contains(lockedAt, h.Action):
+		err = r.locked(h.Action, path)
+	case h.Action == "network-unlock" || h.Action == "pre-dump" || h.Action == "pre-resume" || h.Action == "post-resume":
+		rules, e := r.l.Rules(r.ctx, path)
+		if tables, _, _ := ours(rules); e != nil || len(tables) != 0 {
+			err = fmt.Errorf("%s: a table of ours is there: %w\n%s", h.Action, e, rules)
+		}
+	}
+	if err != nil {
+		r.errs = append(r.errs, err)
+	}
+	if h.Action == r.failAt {
+		return errOnPurpose
+	}
+	return nil
+}
+
+// do runs one dump or restore and returns the hooks that CRIU called.
+func (r *run) do(what, failAt string, f func() error) []string {
+	r.t.Helper()
+	r.failAt, r.errs = failAt, nil
+	r.l.hooks.Handle(r.watch)
+	err := f()
+	seen := r.l.hooks.Seen()
+	r.l.hooks.Handle(nil)
+	for _, e := range r.errs {
+		r.t.Errorf("%s: %v", what, e)
+	}
+	switch {
+	case failAt == "" && err != nil:
+		r.t.Fatalf("%s: %v", what, err)
+	case failAt != "" && err == nil:
+		r.t.Fatalf("%s succeeded, but %s failed", what, failAt)
+	}
+	var names []string
+	for _, h := range seen {
+		names = append(names, h.Action)
+	}
+	if failAt != "" && !slices.Contains(names, failAt) {
+		r.t.Fatalf("%s failed before %s: %v", what, failAt, err)
+	}
+	if log, err := r.e.Log(); err != nil {
+		r.t.Errorf("%s: %v", what, err)
+	} else if strings.Contains(log, "iptables has failed") {
+		r.t.Errorf("%s: CRIU's own lock failed", what)
+	}
+	return names
+}
+
+func (r *run) dump(failAt string, leaveRunning bool) []string {
+	r.t.Helper()
+	return r.do("dump", failAt, func() error { return r.e.Dump(r.ctx, leaveRunning) })
+}
+
+func (r *run) restore(failAt string) []string {
+	r.t.Helper()
+	return r.do("restore", failAt, func() error { return r.e.Restore(r.ctx) })
+}
+
+// flows asserts that both connections go on.
+func (r *run) flows(when string) {
+	r.t.Helper()
+	for family, s := range r.streams {
+		if err := s.Advance(r.ctx, 100); err != nil {
+			r.t.Fatalf("%s, %s: %v", when, family, err)
+		}
+	}
+}
+
+// whole asserts that the connections still are.
+func (r *run) whole(when string) {
+	r.t.Helper()
+	for family, s := range r.streams {
+		if _, err := s.Stats(); err != nil {
+			r.t.Fatalf("%s, %s: %v", when, family, err)
+		}
+	}
+}
+
+// finish asserts that all is as before: the connections, the rules, the traffic.
+func (r *run) finish() {
+	r.t.Helper()
+	r.flows("after")
+	if err := r.probe("after", r.e.Netns(), false); err != nil {
+		r.t.Error(err)
+	}
+	rules, err := r.l.Rules(r.ctx, r.e.Netns())
+	if err != nil {
+		r.t.Error(err)
+	}
+	tables, _, _ := ours(rules)
+	switch {
+	case len(tables) != 0:
+		r.t.Errorf("a table of ours is left:\n%s", rules)
+	case r.skip && rules != r.rules:
+		r.t.Errorf("the rule set was\n%s\nand is\n%s", r.rules, rules)
+	}
+	for family, s := range r.streams {
+		st, err := s.Finish(r.ctx)
+		if err != nil {
+			r.t.Errorf("%s: %v", family, err)
+		}
+		r.t.Logf("%s: %d messages sent, %d received, longest gap %v", family, st.Sent, st.Received, st.Gap)
+	}
+}
+
+// The cases: in each the connections must live through it.
+var cases = []struct {
+	name string
+	run  func(*run)
+}{
+	{"kill and restore", func(r *run) {
+		want(r.t, r.dump("", false), "pre-dump", "network-lock", "post-dump")
+		r.dead()
+		want(r.t, r.restore(""), "pre-restore", "setup-namespaces", "post-setup-namespaces", "post-restore", "network-unlock", "pre-resume", "post-resume")
+	}},
+	{"leave running", func(r *run) {
+		want(r.t, r.dump("", true), "pre-dump", "network-lock", "post-dump", "network-unlock")
+	}},
+	{"dump fails at network-lock", func(r *run) {
+		want(r.t, r.dump("network-lock", false), "pre-dump", "network-lock", "network-unlock")
+	}},
+	{"dump fails at post-dump", func(r *run) {
+		want(r.t, r.dump("post-dump", false), "pre-dump", "network-lock", "post-dump", "network-unlock")
+		r.flows("after the failed dump")
+		// And the next one is good.
+		want(r.t, r.dump("", true), "pre-dump", "network-lock", "post-dump", "network-unlock")
+	}},
+	{"restore fails at post-setup-namespaces", func(r *run) {
+		r.dump("", false)
+		want(r.t, r.restore("post-setup-namespaces"), "pre-restore", "setup-namespaces", "post-setup-namespaces")
+		r.dead()
+		r.restore("")
+	}},
+	{"restore fails at post-restore", func(r *run) {
+		r.dump("", false)
+		want(r.t, r.restore("post-restore"), "pre-restore", "setup-namespaces", "post-setup-namespaces", "post-restore")
+		r.dead()
+		r.restore("")
+	}},
+}
+
+// dead asserts, while the tasks are dumped and dead, that nothing reaches the
+// namespace that is still there: its kernel would reset the peer's connections.
+func (r *run) dead() {
+	r.t.Helper()
+	if path := r.e.Netns(); path != "" {
+		if err := r.locked("dumped and dead", path); err != nil {
+			r.t.Error(err)
+		}
+	}
+	r.whole("dumped and dead")
+}
+
+func want(t *testing.T, got []string, want ...string) {
+	t.Helper()
+	if !slices.Equal(got, want) {
+		t.Errorf("CRIU called %q, want %q", got, want)
+	}
+}
+
+func TestCheckpoint(t *testing.T) {
+	for _, engine := range []string{"criu", "runc"} {
+		for _, lock := range []string{"skip", "iptables", "nftables"} {
+			for _, c := range cases {
+				t.Run(engine+"/"+lock+"/"+c.name, func(t *testing.T) {
+					r := newRun(t, engine, lock)
+					c.run(r)
+					r.finish()
+				})
+			}
+		}
+	}
+}

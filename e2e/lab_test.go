@@ -1,0 +1,348 @@
+// Package e2e tests criu-netlock with real CRIU, by its command line and through
+// runc, on containers with live TCP connections.
+package e2e
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/criu-netlock/criu-netlock/e2e/testbed"
+	"github.com/criu-netlock/criu-netlock/e2e/traffic"
+	"github.com/criu-netlock/criu-netlock/netlock"
+)
+
+// envBinary names a criu-netlock to test in place of the one in this checkout.
+const envBinary = "CRIU_NETLOCK_BIN"
+
+// Paths inside the testbed.
+const (
+	oursPath     = testbed.BinDir + "/criu-netlock"
+	relayPath    = testbed.BinDir + "/relay"
+	workloadPath = testbed.BinDir + "/workload"
+)
+
+// A lab is what all tests share: one session of the testbed.
+type lab struct {
+	*testbed.Session
+	hooks *testbed.Hooks
+	// What there is while no test runs.
+	mounts    []string
+	processes []string
+}
+
+// theLab is opened by the first test that needs it and closed by TestMain.
+var theLab struct {
+	once sync.Once
+	lab  *lab
+	err  error
+}
+
+func TestMain(m *testing.M) {
+	code := m.Run()
+	if l := theLab.lab; l != nil {
+		if err := errors.Join(l.hooks.Close(), l.Close()); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			code = 1
+		}
+	}
+	os.Exit(code)
+}
+
+// need ends the test where it cannot run: a failure under CI, a skip elsewhere.
+func need(t *testing.T) {
+	t.Helper()
+	var why string
+	if os.Geteuid() != 0 {
+		why = "root is needed"
+	}
+	for _, tool := range testbed.Tools {
+		if _, err := exec.LookPath(tool); err != nil && why == "" {
+			why = err.Error()
+		}
+	}
+	switch {
+	case why == "":
+	case os.Getenv("CI") == "true":
+		t.Fatal(why)
+	default:
+		t.Skip(why)
+	}
+}
+
+func openLab(t *testing.T) *lab {
+	t.Helper()
+	need(t)
+	theLab.once.Do(func() {
+		theLab.lab, theLab.err = newLab(func(s string) { t.Log(s) })
+	})
+	if theLab.err != nil {
+		t.Fatal(theLab.err)
+	}
+	return theLab.lab
+}
+
+func newLab(progress func(string)) (_ *lab, err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Minute)
+	defer cancel()
+	root, err := testbed.Default().Ensure(ctx, progress)
+	if err != nil {
+		return nil, err
+	}
+	s, err := root.Enter(ctx)
+	if err != nil {
+		return nil, err
+	}
+	l := &lab{Session: s}
+	defer func() {
+		if err != nil {
+			s.Close()
+		}
+	}()
+	programs := map[string]string{"workload": "e2e/workload"}
+	ours := os.Getenv(envBinary)
+	if ours == "" {
+		programs["criu-netlock"] = "cmd/criu-netlock"
+	}
+	if err := s.Build(ctx, programs); err != nil {
+		return nil, err
+	}
+	bin := filepath.Join(s.Work, "bin")
+	if ours != "" {
+		if err := copyFile(ours, filepath.Join(bin, "criu-netlock")); err != nil {
+			return nil, err
+		}
+	}
+	if err := os.Link(filepath.Join(bin, "workload"), filepath.Join(bin, "relay")); err != nil {
+		return nil, err
+	}
+	if l.hooks, err = s.ListenHooks(); err != nil {
+		return nil, err
+	}
+	if l.mounts, err = s.Mounts(); err != nil {
+		return nil, err
+	}
+	if l.processes, err = s.Processes(); err != nil {
+		return nil, err
+	}
+	return l, nil
+}
+
+func copyFile(from, to string) error {
+	b, err := os.ReadFile(from)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(to, b, 0o755)
+}
+
+// A fixture is a container under test and its peer.
+type fixture struct {
+	t   *testing.T
+	ctx context.Context
+	l   *lab
+	net *testbed.Net
+	e   testbed.Engine
+	// skip: CRIU has no lock of its own.
+	skip bool
+}
+
+var idBad = regexp.MustCompile(`[^a-z0-9]+`)
+
+// begin starts a container with the engine, "criu" or "runc", and with CRIU's own
+// lock set as given. When the test ends, nothing may be left of it.
+func begin(t *testing.T, engine, lock string, scripts ...string) *fixture {
+	t.Helper()
+	l := openLab(t)
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	t.Cleanup(cancel)
+	f := &fixture{t: t, ctx: ctx, l: l, skip: lock == "skip"}
+	name := t.Name()
+	name = name[strings.LastIndexByte(name, '/')+1:]
+	id := engine + "-" + lock + "-" + strings.Trim(idBad.ReplaceAllString(strings.ToLower(name), "-"), "-")
+	var err error
+	if f.net, err = l.NewNet(ctx, "peer"); err != nil {
+		t.Fatal(err)
+	}
+	l.hooks.Handle(nil)
+	c := testbed.Container{S: l.Session, Net: f.net, ID: id, Scripts: scripts, Lock: lock, Argv: []string{workloadPath}}
+	switch engine {
+	case "criu":
+		f.e = &testbed.CLI{Container: c}
+	case "runc":
+		f.e = &testbed.Runc{Container: c}
+	}
+	t.Cleanup(func() {
+		// t's context has ended by now.
+		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+		defer cancel()
+		l.hooks.Handle(nil)
+		if t.Failed() {
+			if log, err := f.e.Log(); err == nil {
+				t.Logf("CRIU's last log:\n%s", ofInterest(log))
+			}
+		}
+		if err := errors.Join(f.e.Destroy(ctx), f.net.Close(ctx)); err != nil {
+			t.Error(err)
+		}
+		f.nothingLeft(ctx)
+	})
+	if err := f.e.Start(ctx); err != nil {
+		t.Fatal(err)
+	}
+	return f
+}
+
+// ofInterest is what of CRIU's log tells about a failure.
+func ofInterest(log string) string {
+	var out []string
+	keep, drop := regexp.MustCompile(`Error|Warn|script|netlock|[Nn]etwork`), regexp.MustCompile(`type \w+ source|cg: |cgroup|RLIMIT_NOFILE`)
+	for line := range strings.Lines(log) {
+		if keep.MatchString(line) && !drop.MatchString(line) {
+			out = append(out, line)
+		}
+	}
+	return strings.Join(out, "")
+}
+
+// nothingLeft checks that the session is as it was before the first test.
+func (f *fixture) nothingLeft(ctx context.Context) {
+	f.t.Helper()
+	err := testbed.Poll(ctx, func() error { // what was killed takes its time to go
+		ps, err := f.l.Processes()
+		if err == nil && !slices.Equal(ps, f.l.processes) {
+			err = fmt.Errorf("processes left: %q", ps)
+		}
+		return err
+	})
+	if err != nil {
+		f.t.Error(err)
+	}
+	if ms, err := f.l.Mounts(); err != nil || !slices.Equal(ms, f.l.mounts) {
+		f.t.Errorf("mounts left: %q, before %q, %v", ms, f.l.mounts, err)
+	}
+	if names, err := os.ReadDir(f.l.Path("/run/netns")); err != nil || len(names) != 0 {
+		f.t.Errorf("namespaces left: %v, %v", names, err)
+	}
+}
+
+// dial connects to a port of the container, when it listens.
+func (f *fixture) dial(family string, port int) net.Conn {
+	f.t.Helper()
+	addr := map[string]string{"tcp4": testbed.ContainerV4, "tcp6": testbed.ContainerV6}[family]
+	var c net.Conn
+	err := testbed.Poll(f.ctx, func() error {
+		ctx, cancel := context.WithTimeout(f.ctx, 2*time.Second)
+		defer cancel()
+		var err error
+		c, err = f.net.Dial(ctx, family, net.JoinHostPort(addr, strconv.Itoa(port)))
+		return err
+	})
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	f.t.Cleanup(func() { c.Close() })
+	return c
+}
+
+// The namespace's rules, and what is ours of them.
+var (
+	tableRE   = regexp.MustCompile(`(?ms)^table (\w+) (\S+) \{.*?^\}\n`)
+	counterRE = regexp.MustCompile(`counter packets (\d+) bytes \d+`)
+)
+
+// ours splits a rule set into our tables, without their counts, and the rest. dropped
+// is how many packets ours have dropped.
+func ours(rules string) (tables []string, rest string, dropped int) {
+	rest = tableRE.ReplaceAllStringFunc(rules, func(tab string) string {
+		if m := tableRE.FindStringSubmatch(tab); !strings.HasPrefix(m[2], "criu-netlock") {
+			return tab
+		}
+		for _, m := range counterRE.FindAllStringSubmatch(tab, -1) {
+			n, _ := strconv.Atoi(m[1])
+			dropped += n
+		}
+		tables = append(tables, counterRE.ReplaceAllString(tab, "counter"))
+		return ""
+	})
+	return tables, rest, dropped
+}
+
+// probe asserts what passes between the peer and the container, whose namespace is
+// at a path of the session: everything, at the latest when the test's time ends, or
+// nothing. The namespace is not kept open: it has to die with its last task.
+func (f *fixture) probe(at, path string, locked bool) error {
+	ns, err := netlock.FromPath(f.l.Path(path))
+	if err != nil {
+		return fmt.Errorf("%s: %w", at, err)
+	}
+	defer ns.Close()
+	if !locked {
+		return testbed.Poll(f.ctx, func() error {
+			got, err := f.net.Probe(f.ctx, ns, traffic.ControlPort, time.Second)
+			for _, name := range testbed.Probes {
+				if got[name] == "timeout" {
+					err = errors.Join(err, fmt.Errorf("%s: %s does not get through", at, name))
+				}
+			}
+			return err
+		})
+	}
+	got, err := f.net.Probe(f.ctx, ns, traffic.ControlPort, 100*time.Millisecond)
+	for _, name := range testbed.Probes {
+		if got[name] != "timeout" && (got[name] != "no address" || f.reachable(at)) {
+			err = errors.Join(err, fmt.Errorf("%s: %s was %q in spite of the lock", at, name, got[name]))
+		}
+	}
+	return err
+}
+
+// locked asserts that our lock, once and whole, is in force in the namespace at a
+// path of the session, and that it is ours which stops what the peer sends.
+func (f *fixture) locked(at, path string) error {
+	before, err := f.l.Rules(f.ctx, path)
+	if err != nil {
+		return fmt.Errorf("%s: %w", at, err)
+	}
+	tables, rest, n0 := ours(before)
+	if len(tables) != 1 {
+		return fmt.Errorf("%s: want one table of ours, got %d:\n%s", at, len(tables), before)
+	}
+	if drops := strings.Count(tables[0], "policy drop"); drops != 2 || strings.Count(tables[0], "counter") != 2 {
+		return fmt.Errorf("%s: want two chains that drop and count once each:\n%s", at, tables[0])
+	}
+	if f.skip && strings.Contains(rest, "drop") {
+		return fmt.Errorf("%s: another lock is there:\n%s", at, before)
+	}
+	if err := f.probe(at, path, true); err != nil {
+		return err
+	}
+	after, err := f.l.Rules(f.ctx, path)
+	if err != nil {
+		return fmt.Errorf("%s: %w", at, err)
+	}
+	// At prerouting, priority raw, ours is the first to see them: with another
+	// lock beside it the count is what shows that ours dropped them.
+	if _, _, n1 := ours(after); n1-n0 < 1 && f.reachable(at) {
+		return fmt.Errorf("%s: our lock counted %d packets, then %d: it was not ours that dropped the probes", at, n0, n1)
+	}
+	return nil
+}
+
+// reachable tells whether the container has its interface at a hook: a namespace
+// that is only being restored has none before its contents are.
+func (f *fixture) reachable(at string) bool {
+	_, own := f.e.(*testbed.CLI)
+	return !own || !strings.HasSuffix(at, "setup-namespaces") || strings.HasSuffix(at, "post-setup-namespaces")
+}

@@ -1,0 +1,391 @@
+package testbed
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+)
+
+// Engine runs one container with the workload, and checkpoints it.
+type Engine interface {
+	// Start runs the workload, attached to the Net.
+	Start(context.Context) error
+	// Dump checkpoints; unless leaveRunning the tasks are dead afterwards.
+	Dump(ctx context.Context, leaveRunning bool) error
+	// Restore restores the last dump. It can be tried again after a failure.
+	Restore(context.Context) error
+	// PID is the root task's in the session, 0 while there is none.
+	PID() int
+	// Netns is the path in the session of the container's network namespace,
+	// empty while it has none.
+	Netns() string
+	// Log is CRIU's log of the last dump or restore.
+	Log() (string, error)
+	// Destroy ends the container and removes what belongs to it.
+	Destroy(context.Context) error
+}
+
+// Container is what the engines have in common.
+type Container struct {
+	S   *Session
+	Net *Net
+	// ID names the container, its folder and, with runc, its namespace.
+	ID string
+	// Scripts are action scripts, in the order in which they are to run.
+	Scripts []string
+	// Lock is CRIU's own lock: "skip", "iptables" or "nftables".
+	Lock string
+	// Argv is the workload as the session sees it.
+	Argv []string
+
+	log string // host path of the last log
+	ops int
+}
+
+// dir is the container's folder, as the machine and as the session see it.
+func (c *Container) dir(sub ...string) (host, inside string) {
+	rel := filepath.Join(append([]string{c.ID}, sub...)...)
+	return filepath.Join(c.S.Work, rel), WorkDir + "/" + rel
+}
+
+// newImages makes an empty folder for a dump's images.
+func (c *Container) newImages() (inside string, err error) {
+	host, inside := c.dir("images")
+	if err := os.RemoveAll(host); err != nil {
+		return "", err
+	}
+	return inside, os.MkdirAll(host, 0o700)
+}
+
+// newWork makes CRIU's work folder for one operation.
+func (c *Container) newWork(op string) (inside string, err error) {
+	c.ops++
+	host, inside := c.dir(fmt.Sprintf("%d-%s", c.ops, op))
+	c.log = filepath.Join(host, op+".log")
+	return inside, os.MkdirAll(host, 0o700)
+}
+
+// Log is CRIU's log of the last dump or restore.
+func (c *Container) Log() (string, error) {
+	b, err := os.ReadFile(c.log)
+	return string(b), err
+}
+
+// withLog adds the log's errors to an engine's error.
+func (c *Container) withLog(err error) error {
+	if err == nil {
+		return nil
+	}
+	log, _ := c.Log()
+	var lines []string
+	for line := range strings.Lines(log) {
+		// Harmless where CAP_SYS_RESOURCE is missing: RLIMIT_NOFILE.
+		if strings.Contains(line, "Error") && !strings.Contains(line, "RLIMIT_NOFILE") {
+			lines = append(lines, strings.TrimRight(line, "\n"))
+		}
+	}
+	return fmt.Errorf("%w\nCRIU's log %s says:\n%s", err, c.log, strings.Join(lines, "\n"))
+}
+
+// lastFirst is Scripts in the order in which CRIU wants them: it runs the one
+// given last first.
+func (c *Container) lastFirst() []string {
+	var out []string
+	for i := len(c.Scripts) - 1; i >= 0; i-- {
+		out = append(out, c.Scripts[i])
+	}
+	return out
+}
+
+// CLI is CRIU by its command line, on a process tree in a network namespace of
+// its own: the namespace is dumped and restored with the tasks. CRIU itself runs
+// in the peer, where it puts the other end of the veth.
+type CLI struct {
+	Container
+	pid int
+}
+
+// PID is the workload's.
+func (e *CLI) PID() int { return e.pid }
+
+// Netns is the workload's.
+func (e *CLI) Netns() string {
+	if e.pid == 0 {
+		return ""
+	}
+	return fmt.Sprintf("/proc/%d/ns/net", e.pid)
+}
+
+// Start runs the workload as a session leader without a terminal.
+func (e *CLI) Start(ctx context.Context) error {
+	_, inside := e.dir()
+	host, _ := e.dir()
+	if err := os.MkdirAll(host, 0o755); err != nil {
+		return err
+	}
+	// A command in the background leads no process group, so that setsid and unshare
+	// keep its pid. The session's pid 1 becomes its parent.
+	script := `out=$1; shift; exec </dev/null >/dev/null 2>&1; setsid unshare --net -- "$@" & echo $! >"$out/pid"`
+	if _, err := e.S.Run(ctx, append([]string{"sh", "-c", script, "sh", inside}, e.Argv...)...); err != nil {
+		return err
+	}
+	pid, err := readPid(filepath.Join(host, "pid"))
+	if err != nil {
+		return err
+	}
+	e.pid = pid
+	err = Poll(ctx, func() error {
+		b, err := os.ReadFile(e.S.Path(fmt.Sprintf("/proc/%d/cmdline", pid)))
+		if err == nil && !strings.HasPrefix(string(b), e.Argv[0]+"\x00") {
+			err = fmt.Errorf("pid %d is not yet %s", pid, e.Argv[0])
+		}
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	return e.Net.Attach(ctx, strconv.Itoa(pid), e.Netns())
+}
+
+func (e *CLI) criu(ctx context.Context, verb string, args ...string) error {
+	work, err := e.newWork(verb)
+	if err != nil {
+		return err
+	}
+	_, images := e.dir("images")
+	argv := append([]string{"criu", verb, "--images-dir", images, "--work-dir", work, "--log-file", verb + ".log", "-v4",
+		"--tcp-established", "--network-lock", e.Lock}, args...)
+	for _, s := range e.lastFirst() {
+		argv = append(argv, "--action-script", s)
+	}
+	_, err = e.S.RunIn(ctx, e.Net.Path(), argv...)
+	return e.withLog(err)
+}
+
+// Dump is criu dump.
+func (e *CLI) Dump(ctx context.Context, leaveRunning bool) error {
+	if _, err := e.newImages(); err != nil {
+		return err
+	}
+	args := []string{"--tree", strconv.Itoa(e.pid)}
+	if leaveRunning {
+		args = append(args, "--leave-running")
+	}
+	err := e.criu(ctx, "dump", args...)
+	if err == nil && !leaveRunning {
+		e.pid = 0
+	}
+	return err
+}
+
+// Restore is criu restore.
+func (e *CLI) Restore(ctx context.Context) error {
+	// What a namespace that died leaves of its veth would be in the new one's way.
+	if err := e.Net.Detached(ctx); err != nil {
+		return err
+	}
+	host, inside := e.dir()
+	os.Remove(filepath.Join(host, "pid"))
+	err := e.criu(ctx, "restore", "--restore-detached", "--pidfile", inside+"/pid", "--external", "veth["+Eth+"]:"+Port+"@"+Bridge)
+	if err != nil {
+		return err
+	}
+	e.pid, err = readPid(filepath.Join(host, "pid"))
+	return err
+}
+
+// Destroy kills the workload; its namespace goes with it.
+func (e *CLI) Destroy(ctx context.Context) error {
+	var err error
+	if e.pid != 0 {
+		_, err = e.S.Run(ctx, "sh", "-c", "kill -KILL "+strconv.Itoa(e.pid))
+		e.pid = 0
+	}
+	return errors.Join(err, e.Net.Detached(ctx))
+}
+
+func readPid(name string) (int, error) {
+	b, err := os.ReadFile(name)
+	if err != nil {
+		return 0, err
+	}
+	return strconv.Atoi(strings.TrimSpace(string(b)))
+}
+
+// Runc is runc on a network namespace made beforehand: CRIU dumps nothing of it,
+// and it is there before, between and after.
+type Runc struct {
+	Container
+	running bool
+}
+
+// Netns is the namespace's name in /run/netns.
+func (e *Runc) Netns() string { return NetnsPath(e.ID) }
+
+// PID is the container's first process.
+func (e *Runc) PID() int {
+	if !e.running {
+		return 0
+	}
+	host, _ := e.dir()
+	pid, err := readPid(filepath.Join(host, "pid"))
+	if err != nil {
+		return 0
+	}
+	return pid
+}
+
+// Start makes the namespace and a bundle, and runs it.
+func (e *Runc) Start(ctx context.Context) error {
+	if _, err := e.S.Run(ctx, "ip", "netns", "add", e.ID); err != nil {
+		return err
+	}
+	if err := e.Net.Attach(ctx, e.ID, e.Netns()); err != nil {
+		return err
+	}
+	if err := e.bundle(ctx); err != nil {
+		return err
+	}
+	_, inside := e.dir()
+	err := e.quiet(ctx, "run", "--detach", "--bundle", inside, "--pid-file", inside+"/pid", e.ID)
+	e.running = err == nil
+	return err
+}
+
+// quiet runs runc with its input and output on the session's /dev/null, and its
+// words in a file: a detached container keeps what runc had, and CRIU could follow
+// neither a pipe to us nor a file that the container does not see.
+func (e *Runc) quiet(ctx context.Context, args ...string) error {
+	host, inside := e.dir()
+	os.Remove(filepath.Join(host, "runc.log"))
+	argv := append([]string{"sh", "-c", `exec runc "$@" </dev/null >/dev/null 2>&1`, "sh", "--log", inside + "/runc.log"}, args...)
+	_, err := e.S.Run(ctx, argv...)
+	if err != nil {
+		log, _ := os.ReadFile(filepath.Join(host, "runc.log"))
+		var said []byte
+		for line := range strings.Lines(string(log)) {
+			if strings.Contains(line, "level=error") { // the warnings repeat CRIU's log
+				said = append(said, line...)
+			}
+		}
+		return fmt.Errorf("runc %s: %w", args[0], errOutput(err, said))
+	}
+	return nil
+}
+
+// bundle writes an OCI bundle: what runc spec makes, with a root that holds the
+// workload alone.
+func (e *Runc) bundle(ctx context.Context) error {
+	host, inside := e.dir()
+	rootfs := filepath.Join(host, "rootfs")
+	if err := os.MkdirAll(rootfs, 0o755); err != nil {
+		return err
+	}
+	program, err := os.ReadFile(filepath.Join(e.S.Work, strings.TrimPrefix(e.Argv[0], WorkDir)))
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(rootfs, "workload"), program, 0o755); err != nil {
+		return err
+	}
+	if _, err := e.S.Run(ctx, "runc", "spec", "--bundle", inside); err != nil {
+		return err
+	}
+	name := filepath.Join(host, "config.json")
+	b, err := os.ReadFile(name)
+	if err != nil {
+		return err
+	}
+	var spec map[string]any
+	if err := json.Unmarshal(b, &spec); err != nil {
+		return err
+	}
+	process, _ := spec["process"].(map[string]any)
+	linux, _ := spec["linux"].(map[string]any)
+	namespaces, _ := linux["namespaces"].([]any)
+	if process == nil || len(namespaces) == 0 {
+		return fmt.Errorf("runc spec made a configuration without process or namespaces")
+	}
+	process["terminal"] = false
+	process["args"] = append([]string{"/workload"}, e.Argv[1:]...)
+	// CRIU makes a temporary folder in the root for its pivot_root.
+	spec["root"] = map[string]any{"path": "rootfs", "readonly": false}
+	linux["cgroupsPath"] = e.S.CgroupParent() + "/" + e.ID
+	for _, n := range namespaces {
+		if n, ok := n.(map[string]any); ok && n["type"] == "network" {
+			n["path"] = e.Netns()
+		}
+	}
+	spec["annotations"] = map[string]string{"org.criu.config": inside + "/criu.conf"}
+	if b, err = json.MarshalIndent(spec, "", "  "); err != nil {
+		return err
+	}
+	return os.WriteFile(name, b, 0o644)
+}
+
+// configure writes what runc cannot say over RPC: the scripts into the file that
+// the annotation names; the network lock where it is safe, in default.conf.
+func (e *Runc) configure() error {
+	host, _ := e.dir()
+	var b strings.Builder
+	for _, s := range e.lastFirst() {
+		b.WriteString("action-script " + s + "\n")
+	}
+	if err := os.WriteFile(filepath.Join(host, "criu.conf"), []byte(b.String()), 0o644); err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(e.S.Work, "criu/default.conf"), []byte("network-lock "+e.Lock+"\n"), 0o644)
+}
+
+func (e *Runc) runc(ctx context.Context, verb, op string, args ...string) error {
+	if err := e.configure(); err != nil {
+		return err
+	}
+	defer os.Remove(filepath.Join(e.S.Work, "criu/default.conf"))
+	work, err := e.newWork(op)
+	if err != nil {
+		return err
+	}
+	_, images := e.dir("images")
+	err = e.quiet(ctx, append(append([]string{verb, "--tcp-established", "--image-path", images, "--work-path", work}, args...), e.ID)...)
+	return e.withLog(err)
+}
+
+// Dump is runc checkpoint.
+func (e *Runc) Dump(ctx context.Context, leaveRunning bool) error {
+	if _, err := e.newImages(); err != nil {
+		return err
+	}
+	var args []string
+	if leaveRunning {
+		args = append(args, "--leave-running")
+	}
+	err := e.runc(ctx, "checkpoint", "dump", args...)
+	if err == nil && !leaveRunning {
+		e.running = false
+	}
+	return err
+}
+
+// Restore is runc restore.
+func (e *Runc) Restore(ctx context.Context) error {
+	_, inside := e.dir()
+	err := e.runc(ctx, "restore", "restore", "--detach", "--bundle", inside, "--pid-file", inside+"/pid")
+	if err == nil {
+		e.running = true
+	}
+	return err
+}
+
+// Destroy removes the container, its namespace and its cgroups.
+func (e *Runc) Destroy(ctx context.Context) error {
+	_, err := e.S.Run(ctx, "runc", "delete", "--force", e.ID)
+	e.running = false
+	_, err2 := e.S.Run(ctx, "ip", "netns", "del", e.ID)
+	return errors.Join(err, err2, e.Net.Detached(ctx))
+}

@@ -1,0 +1,124 @@
+package testbed
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"strings"
+
+	"github.com/criu-netlock/criu-netlock/netlock"
+)
+
+// The addresses on the two sides of a Net. Duplicate address detection is off, or
+// every IPv6 test would begin with a second of waiting.
+const (
+	PeerV4, ContainerV4 = "10.200.7.1", "10.200.7.2"
+	PeerV6, ContainerV6 = "fd00:c21f::1", "fd00:c21f::2"
+	// Bridge is the peer's bridge, Port its port, Eth the container's interface.
+	Bridge, Port, Eth = "br0", "veth0", "eth0"
+)
+
+// Net is a peer: a network namespace with a bridge, to which a container's veth
+// is attached. It plays the host that the engine runs on and the client as well.
+type Net struct {
+	s    *Session
+	name string
+	// Peer is the peer's namespace.
+	Peer *netlock.Namespace
+}
+
+// NewNet makes a peer.
+func (s *Session) NewNet(ctx context.Context, name string) (*Net, error) {
+	n := &Net{s: s, name: name}
+	if _, err := s.Run(ctx, "ip", "netns", "add", name); err != nil {
+		return nil, err
+	}
+	err := s.batch(ctx, n.Path(),
+		"link set lo up",
+		"link add "+Bridge+" address 02:00:00:00:00:01 type bridge forward_delay 0 mcast_snooping 0",
+		"link set "+Bridge+" up",
+		"addr add "+PeerV4+"/24 dev "+Bridge,
+		"addr add "+PeerV6+"/64 dev "+Bridge+" nodad",
+	)
+	if err == nil {
+		n.Peer, err = netlock.FromPath(s.Path(n.Path()))
+	}
+	if err != nil {
+		s.Run(ctx, "ip", "netns", "del", name)
+		return nil, err
+	}
+	return n, nil
+}
+
+// Path is where the session sees the peer's namespace.
+func (n *Net) Path() string { return NetnsPath(n.name) }
+
+// NetnsPath is where the session sees a namespace made with ip netns.
+func NetnsPath(name string) string { return "/run/netns/" + name }
+
+// Attach joins the namespace of a pid or a name of the session to the bridge.
+func (n *Net) Attach(ctx context.Context, target, netns string) error {
+	if err := n.s.batch(ctx, n.Path(),
+		"link add "+Port+" type veth peer name "+Eth+" address 02:00:00:00:00:02 netns "+target,
+		"link set "+Port+" master "+Bridge+" up",
+	); err != nil {
+		return err
+	}
+	return n.s.batch(ctx, netns,
+		"link set lo up",
+		"link set "+Eth+" up",
+		"addr add "+ContainerV4+"/24 dev "+Eth,
+		"addr add "+ContainerV6+"/64 dev "+Eth+" nodad",
+	)
+}
+
+// Detached waits until the bridge's port is gone: a network namespace dies some
+// time after its last process.
+func (n *Net) Detached(ctx context.Context) error {
+	return Poll(ctx, func() error {
+		out, err := n.s.RunIn(ctx, n.Path(), "ip", "-o", "link", "show", "type", "veth")
+		if err == nil && strings.TrimSpace(out) != "" {
+			err = fmt.Errorf("still there: %s", strings.TrimSpace(out))
+		}
+		return err
+	})
+}
+
+// Close removes the peer.
+func (n *Net) Close(ctx context.Context) error {
+	n.Peer.Close()
+	_, err := n.s.Run(ctx, "ip", "netns", "del", n.name)
+	return err
+}
+
+// batch runs ip commands in a namespace.
+func (s *Session) batch(ctx context.Context, netns string, lines ...string) error {
+	_, err := s.Feed(ctx, netns, strings.Join(lines, "\n")+"\n", "ip", "-batch", "-")
+	return err
+}
+
+// Feed is RunIn with a standard input.
+func (s *Session) Feed(ctx context.Context, netns, input string, argv ...string) (string, error) {
+	cmd := s.CommandIn(ctx, netns, argv...)
+	cmd.Stdin = strings.NewReader(input)
+	return output(cmd, argv)
+}
+
+// Rules is the whole nft rule set of a namespace.
+func (s *Session) Rules(ctx context.Context, netns string) (string, error) {
+	return s.RunIn(ctx, netns, "nft", "list", "ruleset")
+}
+
+// Build compiles programs of this module into the session's BinDir, static, as
+// NAME: package path below the module.
+func (s *Session) Build(ctx context.Context, programs map[string]string) error {
+	for name, pkg := range programs {
+		cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-o", s.Work+"/bin/"+name, "github.com/criu-netlock/criu-netlock/"+pkg)
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return fmt.Errorf("build %s: %w", pkg, errOutput(err, out))
+		}
+	}
+	return nil
+}

@@ -1,0 +1,53 @@
+package testbed
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+)
+
+func TestMirror(t *testing.T) {
+	for _, tc := range []struct {
+		name  string
+		files map[string]string
+		want  string
+	}{
+		{"one line", map[string]string{"sources.list": "# a comment\ndeb http://one.example/debian/ trixie main contrib # why\n"}, "http://one.example/debian"},
+		{"options", map[string]string{"sources.list": "deb [arch=amd64 signed-by=/usr/share/keyrings/x.gpg] https://two.example/debian sid main\n"}, "https://two.example/debian"},
+		{"source packages only", map[string]string{"sources.list": "deb-src http://one.example/debian sid main\n"}, ""},
+		{"deb822", map[string]string{"sources.list.d/debian.sources": "Types: deb deb-src\n# where\nURIs: http://three.example/debian\nSuites: bookworm bookworm-updates\nComponents: main\n"}, "http://three.example/debian"},
+		{"folded", map[string]string{"sources.list.d/debian.sources": "types: deb\nURIs:\n http://four.example/debian\nSuites:\n stable\nComponents:\n main\n contrib\n"}, "http://four.example/debian"},
+		{"disabled", map[string]string{"sources.list.d/debian.sources": "Enabled: no\nTypes: deb\nURIs: http://no.example/debian\nSuites: stable\nComponents: main\n"}, ""},
+		{"security and others are passed over", map[string]string{
+			"sources.list.d/a.list":         "deb https://vendor.example/apt tool-bookworm main\n",
+			"sources.list.d/debian.sources": "Types: deb\nURIs: http://sec.example/debian-security\nSuites: bookworm-security\nComponents: main\n\nTypes: deb\nURIs: cdrom:x http://five.example/debian\nSuites: bookworm\nComponents: main\n",
+			"sources.list.d/old.save":       "deb http://no.example/debian sid main\n",
+		}, "http://five.example/debian"},
+		{"nothing", nil, ""},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			etc := t.TempDir()
+			for name, text := range tc.files {
+				f := filepath.Join(etc, name)
+				if err := os.MkdirAll(filepath.Dir(f), 0o755); err != nil {
+					t.Fatal(err)
+				}
+				if err := os.WriteFile(f, []byte(text), 0o644); err != nil {
+					t.Fatal(err)
+				}
+			}
+			got, err := mirrorIn(etc)
+			if got != tc.want || (err != nil) != (tc.want == "") {
+				t.Errorf("got %q, %v; want %q", got, err, tc.want)
+			}
+		})
+	}
+}
+
+func TestRecipeHash(t *testing.T) {
+	a, b := Default(), Default()
+	b.Packages = append(b.Packages, "lxc")
+	if a.hash() != Default().hash() || a.hash() == b.hash() {
+		t.Errorf("the hash must follow the recipe and nothing else: %s, %s", a.hash(), b.hash())
+	}
+}
