@@ -1,0 +1,256 @@
+// Package config reads what a user can set, /etc/criu/netlock.toml. CRIU gives its
+// action scripts no arguments, so a file is the only way in. See netlock.toml beside
+// this file for every key.
+package config
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/pelletier/go-toml/v2"
+	"golang.org/x/sys/unix"
+
+	"github.com/criu-netlock/criu-netlock/netlock"
+)
+
+// DefaultPath is the file that is read where EnvPath names no other.
+const DefaultPath = "/etc/criu/netlock.toml"
+
+// EnvPath is the environment variable that names another file.
+const EnvPath = "CRIU_NETLOCK_CONFIG"
+
+// Bounds of the file's size, in bytes, and of the timeout. A timeout below a second
+// leaves no time for the work, since netlock.UndoTime of it is kept for undoing.
+const (
+	MaxSize    = 64 << 10
+	MinTimeout = time.Second
+	MaxTimeout = time.Minute
+)
+
+// The values of the key backend.
+const (
+	Auto     = "auto"
+	NFT      = "nft"
+	IPTables = "iptables"
+)
+
+// Config is what a user can set.
+type Config struct {
+	// Backend is Auto, NFT or IPTables.
+	Backend string
+	// Timeout bounds a hook or a command in all, undoing included.
+	Timeout time.Duration
+	// LogLevel is "debug", "info", "warn" or "error".
+	LogLevel string
+	// Allow is what passes in spite of the lock.
+	Allow []netlock.Rule
+}
+
+// Default is what an absent file means.
+func Default() Config {
+	return Config{Backend: Auto, Timeout: 5 * time.Second, LogLevel: "info"}
+}
+
+// Path is the file that the environment names.
+func Path(lookup func(string) (string, bool)) string {
+	if p, _ := lookup(EnvPath); p != "" {
+		return p
+	}
+	return DefaultPath
+}
+
+// ParseBackend checks a value of the key backend.
+func ParseBackend(s string) (string, error) { return oneOf(s, Auto, NFT, IPTables) }
+
+// ParseLogLevel checks a value of the key log-level.
+func ParseLogLevel(s string) (string, error) { return oneOf(s, "debug", "info", "warn", "error") }
+
+func oneOf(s string, words ...string) (string, error) {
+	for _, w := range words {
+		if s == w {
+			return s, nil
+		}
+	}
+	last := len(words) - 1
+	return "", fmt.Errorf("%q is none of %s and %s", clip(s), strings.Join(words[:last], ", "), words[last])
+}
+
+// ParseTimeout reads a value of the key timeout.
+func ParseTimeout(s string) (time.Duration, error) {
+	d, err := time.ParseDuration(s)
+	switch {
+	case err != nil:
+		return 0, fmt.Errorf("%q is not a duration; want one such as 5s or 1500ms", clip(s))
+	case d < MinTimeout || d > MaxTimeout:
+		return 0, fmt.Errorf("%q is out of range; want %v to %v", clip(s), MinTimeout, MaxTimeout)
+	}
+	return d, nil
+}
+
+// clip keeps what a user gave from filling the one line that tells about it.
+func clip(s string) string {
+	if len(s) > 64 {
+		return s[:64] + "…"
+	}
+	return s
+}
+
+// Load reads a file. One that is not there means the defaults. Every error is a
+// *netlock.Error of KindInput, and with it come the defaults.
+func Load(path string) (Config, error) {
+	b, err := read(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return Default(), nil
+	}
+	if err != nil {
+		return Default(), fail(fmt.Errorf("%s: %w", name(path), err))
+	}
+	return Parse(path, b)
+}
+
+// read reads a regular file or /dev/null: what else a path can name may block, or
+// never end.
+func read(path string) ([]byte, error) {
+	if strings.ContainsRune(path, 0) {
+		return nil, errors.New("a NUL in the file's name")
+	}
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer unix.Close(fd)
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return nil, err
+	}
+	if isNull := st.Mode&unix.S_IFMT == unix.S_IFCHR && st.Rdev == unix.Mkdev(1, 3); !isNull && st.Mode&unix.S_IFMT != unix.S_IFREG {
+		return nil, errors.New("not a regular file")
+	}
+	var b []byte
+	buf := make([]byte, 4096)
+	for {
+		n, err := unix.Read(fd, buf)
+		switch {
+		case err == unix.EINTR:
+			continue
+		case err != nil:
+			return nil, err
+		case n == 0:
+			return b, nil
+		}
+		if b = append(b, buf[:n]...); len(b) > MaxSize {
+			return nil, fmt.Errorf("larger than %d bytes", MaxSize)
+		}
+	}
+}
+
+// Parse reads the text of a file; path is for its errors alone, which begin with
+// FILE:LINE:COLUMN. The column counts bytes from 1.
+func Parse(path string, text []byte) (Config, error) {
+	cfg := Default()
+	var raw struct {
+		Backend  *string  `toml:"backend"`
+		Timeout  *string  `toml:"timeout"`
+		LogLevel *string  `toml:"log-level"`
+		Allow    []string `toml:"allow"`
+	}
+	if err := decode(text, &raw); err != nil {
+		return cfg, fail(position(path, err))
+	}
+
+	// The decoder has checked the types. The values are checked here, and should one be
+	// wrong, decoding once more with fields that check for themselves tells where it stands.
+	set := Default()
+	fields := struct {
+		Backend  value   `toml:"backend"`
+		Timeout  value   `toml:"timeout"`
+		LogLevel value   `toml:"log-level"`
+		Allow    []allow `toml:"allow"`
+	}{
+		Backend:  value{func(s string) (err error) { set.Backend, err = ParseBackend(s); return err }},
+		Timeout:  value{func(s string) (err error) { set.Timeout, err = ParseTimeout(s); return err }},
+		LogLevel: value{func(s string) (err error) { set.LogLevel, err = ParseLogLevel(s); return err }},
+	}
+	check := func() error {
+		for _, f := range []struct {
+			s *string
+			v value
+		}{{raw.Backend, fields.Backend}, {raw.Timeout, fields.Timeout}, {raw.LogLevel, fields.LogLevel}} {
+			if f.s != nil {
+				if err := f.v.set(*f.s); err != nil {
+					return err
+				}
+			}
+		}
+		for _, s := range raw.Allow {
+			r, err := netlock.ParseRule(s)
+			if err != nil {
+				return err
+			}
+			set.Allow = append(set.Allow, r)
+		}
+		return nil
+	}
+	if err := check(); err != nil {
+		if placed := decode(text, &fields); placed != nil {
+			err = placed
+		}
+		return cfg, fail(position(path, err))
+	}
+	return set, nil
+}
+
+// value is a field that checks itself. It is a struct because go-toml sets a string
+// kind without asking its UnmarshalText.
+type value struct{ set func(string) error }
+
+func (v *value) UnmarshalText(b []byte) error { return v.set(string(b)) }
+
+// allow is a rule that no table can fill field by field.
+type allow struct{ rule netlock.Rule }
+
+func (a *allow) UnmarshalText(b []byte) error { return a.rule.UnmarshalText(b) }
+
+func decode(text []byte, v any) error {
+	return toml.NewDecoder(strings.NewReader(string(text))).DisallowUnknownFields().Decode(v)
+}
+
+// position words a decoder's error as FILE:LINE:COLUMN: what is wrong.
+func position(path string, err error) error {
+	var (
+		at      *toml.DecodeError
+		unknown *toml.StrictMissingError
+	)
+	switch {
+	case errors.As(err, &unknown) && len(unknown.Errors) > 0:
+		at = &unknown.Errors[0]
+		err = fmt.Errorf("unknown key %q; want backend, timeout, log-level or allow", clip(strings.Join(at.Key(), ".")))
+	case errors.As(err, &at):
+		msg := strings.TrimPrefix(at.Error(), "toml: ")
+		if got, _, ok := strings.Cut(msg, " into "); ok && strings.HasPrefix(got, "cannot decode TOML ") {
+			msg = "wrong type: " + strings.TrimPrefix(got, "cannot decode TOML ") + ", where a string, for allow a list of strings, is wanted"
+		}
+		err = errors.New(msg)
+	default:
+		return fmt.Errorf("%s: %w", name(path), err)
+	}
+	line, column := at.Position()
+	return fmt.Errorf("%s:%d:%d: %w", name(path), line, column, err)
+}
+
+// name is the path in a form that fits on one line.
+func name(path string) string {
+	for _, r := range path {
+		if r < ' ' || r == 0x7f {
+			return fmt.Sprintf("%q", path)
+		}
+	}
+	return path
+}
+
+func fail(err error) error {
+	return &netlock.Error{Kind: netlock.KindInput, Op: "read configuration", Err: err}
+}
