@@ -38,9 +38,7 @@ var errOnPurpose = errors.New("failed on purpose")
 func newRun(t *testing.T, engine, lock string) *run {
 	t.Helper()
 	r := &run{fixture: begin(t, engine, lock, oursPath, relayPath), streams: map[string]*traffic.Stream{}}
-	if _, err := r.l.Feed(r.ctx, r.e.Netns(), userRules, "nft", "-f", "-"); err != nil {
-		t.Fatal(err)
-	}
+	r.loadUserRules()
 	var err error
 	if r.rules, err = r.l.Rules(r.ctx, r.e.Netns()); err != nil {
 		t.Fatal(err)
@@ -56,6 +54,13 @@ func newRun(t *testing.T, engine, lock string) *run {
 	return r
 }
 
+func (r *run) loadUserRules() {
+	r.t.Helper()
+	if _, err := r.l.Feed(r.ctx, r.e.Netns(), userRules, "nft", "-f", "-"); err != nil {
+		r.t.Fatal(err)
+	}
+}
+
 // watch is told of every hook after criu-netlock has handled it.
 func (r *run) watch(h testbed.Hook) error {
 	var err error
@@ -64,8 +69,10 @@ func (r *run) watch(h testbed.Hook) error {
 		err = r.locked(h.Action, path)
 	case h.Action == "network-unlock" || h.Action == "pre-dump" || h.Action == "pre-resume" || h.Action == "post-resume":
 		rules, e := r.l.Rules(r.ctx, path)
-		if tables, _, _ := ours(rules); e != nil || len(tables) != 0 {
-			err = fmt.Errorf("%s: a table of ours is there: %w\n%s", h.Action, e, rules)
+		if e != nil {
+			err = fmt.Errorf("%s: %w", h.Action, e)
+		} else if tables, _, _ := ours(rules); len(tables) != 0 {
+			err = fmt.Errorf("%s: a table of ours is there:\n%s", h.Action, rules)
 		}
 	}
 	if err != nil {
@@ -175,6 +182,20 @@ var cases = []struct {
 		want(r.t, r.dump("", false), "pre-dump", "network-lock", "post-dump")
 		r.dead()
 		want(r.t, r.restore(""), "pre-restore", "setup-namespaces", "post-setup-namespaces", "post-restore", "network-unlock", "pre-resume", "post-resume")
+	}},
+	{"restore in a new namespace", func(r *run) {
+		// CRIU's command line always restores in a new one. With runc the old one
+		// has the dump's lock; a new one gets its own, at setup-namespaces.
+		e, ok := r.e.(*testbed.Runc)
+		if !ok {
+			return
+		}
+		r.dump("", false)
+		if err := e.Renew(r.ctx); err != nil {
+			r.t.Fatal(err)
+		}
+		r.loadUserRules()
+		r.restore("")
 	}},
 	{"leave running", func(r *run) {
 		want(r.t, r.dump("", true), "pre-dump", "network-lock", "post-dump", "network-unlock")

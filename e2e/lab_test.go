@@ -160,8 +160,8 @@ type fixture struct {
 
 var idBad = regexp.MustCompile(`[^a-z0-9]+`)
 
-// begin starts a container with the engine, "criu" or "runc", and with CRIU's own
-// lock set as given. When the test ends, nothing may be left of it.
+// begin starts a container with the engine, "criu" or "runc", with CRIU's own lock
+// set as given; "criu-shared" and "runc-shared" put it into CRIU's own namespace. When the test ends, nothing may be left of it.
 func begin(t *testing.T, engine, lock string, scripts ...string) *fixture {
 	t.Helper()
 	l := openLab(t)
@@ -172,7 +172,7 @@ func begin(t *testing.T, engine, lock string, scripts ...string) *fixture {
 	name = name[strings.LastIndexByte(name, '/')+1:]
 	id := engine + "-" + lock + "-" + strings.Trim(idBad.ReplaceAllString(strings.ToLower(name), "-"), "-")
 	var err error
-	if f.net, err = l.NewNet(ctx, "peer"); err != nil {
+	if f.net, err = l.NewNet(ctx, "peer-"+id); err != nil {
 		t.Fatal(err)
 	}
 	l.hooks.Handle(nil)
@@ -180,8 +180,12 @@ func begin(t *testing.T, engine, lock string, scripts ...string) *fixture {
 	switch engine {
 	case "criu":
 		f.e = &testbed.CLI{Container: c}
+	case "criu-shared":
+		f.e = &testbed.CLI{Container: c, Shared: true}
 	case "runc":
 		f.e = &testbed.Runc{Container: c}
+	case "runc-shared":
+		f.e = &testbed.Runc{Container: c, Shared: true}
 	}
 	t.Cleanup(func() {
 		// t's context has ended by now.
@@ -196,7 +200,7 @@ func begin(t *testing.T, engine, lock string, scripts ...string) *fixture {
 		if err := errors.Join(f.e.Destroy(ctx), f.net.Close(ctx)); err != nil {
 			t.Error(err)
 		}
-		f.nothingLeft(ctx)
+		f.nothingLeft()
 	})
 	if err := f.e.Start(ctx); err != nil {
 		t.Fatal(err)
@@ -217,8 +221,10 @@ func ofInterest(log string) string {
 }
 
 // nothingLeft checks that the session is as it was before the first test.
-func (f *fixture) nothingLeft(ctx context.Context) {
+func (f *fixture) nothingLeft() {
 	f.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
 	err := testbed.Poll(ctx, func() error { // what was killed takes its time to go
 		ps, err := f.l.Processes()
 		if err == nil && !slices.Equal(ps, f.l.processes) {
@@ -232,7 +238,7 @@ func (f *fixture) nothingLeft(ctx context.Context) {
 	if ms, err := f.l.Mounts(); err != nil || !slices.Equal(ms, f.l.mounts) {
 		f.t.Errorf("mounts left: %q, before %q, %v", ms, f.l.mounts, err)
 	}
-	if names, err := os.ReadDir(f.l.Path("/run/netns")); err != nil || len(names) != 0 {
+	if names, err := filepath.Glob(f.l.Path("/run/netns/*")); err != nil || len(names) != 0 {
 		f.t.Errorf("namespaces left: %v, %v", names, err)
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -107,7 +108,10 @@ func (c *Container) lastFirst() []string {
 // in the peer, where it puts the other end of the veth.
 type CLI struct {
 	Container
-	pid int
+	// Shared puts the workload into CRIU's own namespace instead, the way a container
+	// on the host's network is: there is nothing to attach and nothing to lock.
+	Shared bool
+	pid    int
 }
 
 // PID is the workload's.
@@ -130,8 +134,12 @@ func (e *CLI) Start(ctx context.Context) error {
 	}
 	// A command in the background leads no process group, so that setsid and unshare
 	// keep its pid. The session's pid 1 becomes its parent.
-	script := `out=$1; shift; exec </dev/null >/dev/null 2>&1; setsid unshare --net -- "$@" & echo $! >"$out/pid"`
-	if _, err := e.S.Run(ctx, append([]string{"sh", "-c", script, "sh", inside}, e.Argv...)...); err != nil {
+	script := `out=$1; shift; exec </dev/null >/dev/null 2>&1; setsid "$@" & echo $! >"$out/pid"`
+	argv := append([]string{"sh", "-c", script, "sh", inside}, e.Argv...)
+	if !e.Shared {
+		argv = slices.Insert(argv, 5, "unshare", "--net", "--")
+	}
+	if _, err := e.S.RunIn(ctx, e.Net.Path(), argv...); err != nil {
 		return err
 	}
 	pid, err := readPid(filepath.Join(host, "pid"))
@@ -146,7 +154,7 @@ func (e *CLI) Start(ctx context.Context) error {
 		}
 		return err
 	})
-	if err != nil {
+	if err != nil || e.Shared {
 		return err
 	}
 	return e.Net.Attach(ctx, strconv.Itoa(pid), e.Netns())
@@ -191,10 +199,14 @@ func (e *CLI) Restore(ctx context.Context) error {
 	}
 	host, inside := e.dir()
 	os.Remove(filepath.Join(host, "pid"))
-	err := e.criu(ctx, "restore", "--restore-detached", "--pidfile", inside+"/pid", "--external", "veth["+Eth+"]:"+Port+"@"+Bridge)
-	if err != nil {
+	args := []string{"--restore-detached", "--pidfile", inside + "/pid"}
+	if !e.Shared {
+		args = append(args, "--external", "veth["+Eth+"]:"+Port+"@"+Bridge)
+	}
+	if err := e.criu(ctx, "restore", args...); err != nil {
 		return err
 	}
+	var err error
 	e.pid, err = readPid(filepath.Join(host, "pid"))
 	return err
 }
@@ -206,7 +218,7 @@ func (e *CLI) Destroy(ctx context.Context) error {
 		_, err = e.S.Run(ctx, "sh", "-c", "kill -KILL "+strconv.Itoa(e.pid))
 		e.pid = 0
 	}
-	return errors.Join(err, e.Net.Detached(ctx))
+	return errors.Join(err, e.Net.Detach(ctx))
 }
 
 func readPid(name string) (int, error) {
@@ -221,11 +233,19 @@ func readPid(name string) (int, error) {
 // and it is there before, between and after.
 type Runc struct {
 	Container
+	// Shared puts the container, and runc with CRIU, into the peer's namespace: it
+	// plays a container on the host's network.
+	Shared  bool
 	running bool
 }
 
 // Netns is the namespace's name in /run/netns.
-func (e *Runc) Netns() string { return NetnsPath(e.ID) }
+func (e *Runc) Netns() string {
+	if e.Shared {
+		return e.Net.Path()
+	}
+	return NetnsPath(e.ID)
+}
 
 // PID is the container's first process.
 func (e *Runc) PID() int {
@@ -242,11 +262,13 @@ func (e *Runc) PID() int {
 
 // Start makes the namespace and a bundle, and runs it.
 func (e *Runc) Start(ctx context.Context) error {
-	if _, err := e.S.Run(ctx, "ip", "netns", "add", e.ID); err != nil {
-		return err
-	}
-	if err := e.Net.Attach(ctx, e.ID, e.Netns()); err != nil {
-		return err
+	if !e.Shared {
+		if _, err := e.S.Run(ctx, "ip", "netns", "add", e.ID); err != nil {
+			return err
+		}
+		if err := e.Net.Attach(ctx, e.ID, e.Netns()); err != nil {
+			return err
+		}
 	}
 	if err := e.bundle(ctx); err != nil {
 		return err
@@ -264,8 +286,11 @@ func (e *Runc) quiet(ctx context.Context, args ...string) error {
 	host, inside := e.dir()
 	os.Remove(filepath.Join(host, "runc.log"))
 	argv := append([]string{"sh", "-c", `exec runc "$@" </dev/null >/dev/null 2>&1`, "sh", "--log", inside + "/runc.log"}, args...)
-	_, err := e.S.Run(ctx, argv...)
-	if err != nil {
+	run := func() (string, error) { return e.S.Run(ctx, argv...) }
+	if e.Shared {
+		run = func() (string, error) { return e.S.RunIn(ctx, e.Net.Path(), argv...) }
+	}
+	if _, err := run(); err != nil {
 		log, _ := os.ReadFile(filepath.Join(host, "runc.log"))
 		var said []byte
 		for line := range strings.Lines(string(log)) {
@@ -316,11 +341,14 @@ func (e *Runc) bundle(ctx context.Context) error {
 	// CRIU makes a temporary folder in the root for its pivot_root.
 	spec["root"] = map[string]any{"path": "rootfs", "readonly": false}
 	linux["cgroupsPath"] = e.S.CgroupParent() + "/" + e.ID
-	for _, n := range namespaces {
-		if n, ok := n.(map[string]any); ok && n["type"] == "network" {
-			n["path"] = e.Netns()
+	linux["namespaces"] = slices.DeleteFunc(namespaces, func(n any) bool {
+		ns, ok := n.(map[string]any)
+		if !ok || ns["type"] != "network" {
+			return false
 		}
-	}
+		ns["path"] = e.Netns()
+		return e.Shared
+	})
 	spec["annotations"] = map[string]string{"org.criu.config": inside + "/criu.conf"}
 	if b, err = json.MarshalIndent(spec, "", "  "); err != nil {
 		return err
@@ -386,6 +414,24 @@ func (e *Runc) Restore(ctx context.Context) error {
 func (e *Runc) Destroy(ctx context.Context) error {
 	_, err := e.S.Run(ctx, "runc", "delete", "--force", e.ID)
 	e.running = false
-	_, err2 := e.S.Run(ctx, "ip", "netns", "del", e.ID)
-	return errors.Join(err, err2, e.Net.Detached(ctx))
+	var err2 error
+	if !e.Shared {
+		_, err2 = e.S.Run(ctx, "ip", "netns", "del", e.ID)
+	}
+	return errors.Join(err, err2, e.Net.Detach(ctx))
+}
+
+// Renew replaces the namespace of a container that is not running by a new one,
+// as there would be on another host.
+func (e *Runc) Renew(ctx context.Context) error {
+	if _, err := e.S.Run(ctx, "ip", "netns", "del", e.ID); err != nil {
+		return err
+	}
+	if err := e.Net.Detach(ctx); err != nil {
+		return err
+	}
+	if _, err := e.S.Run(ctx, "ip", "netns", "add", e.ID); err != nil {
+		return err
+	}
+	return e.Net.Attach(ctx, e.ID, e.Netns())
 }

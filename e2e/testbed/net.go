@@ -85,6 +85,13 @@ func (n *Net) Detached(ctx context.Context) error {
 	})
 }
 
+// Detach removes the bridge's port, if there is one. Sockets that a dead task left
+// half closed can keep a namespace, and its end of the veth, for minutes.
+func (n *Net) Detach(ctx context.Context) error {
+	n.s.RunIn(ctx, n.Path(), "ip", "link", "del", Port)
+	return n.Detached(ctx)
+}
+
 // Close removes the peer.
 func (n *Net) Close(ctx context.Context) error {
 	n.Peer.Close()
