@@ -294,6 +294,10 @@ func (f *fixture) probe(at, path string, locked bool) error {
 		return fmt.Errorf("%s: %w", at, err)
 	}
 	defer ns.Close()
+	arrived0, err := testbed.Arrivals(ns)
+	if err != nil {
+		return fmt.Errorf("%s: %w", at, err)
+	}
 	if !locked {
 		return testbed.Poll(f.ctx, func() error {
 			got, err := f.net.Probe(f.ctx, ns, traffic.ControlPort, time.Second)
@@ -301,6 +305,9 @@ func (f *fixture) probe(at, path string, locked bool) error {
 				if got[name] == "timeout" {
 					err = errors.Join(err, fmt.Errorf("%s: %s does not get through", at, name))
 				}
+			}
+			if n, e := testbed.Arrivals(ns); e != nil || n == arrived0 {
+				err = errors.Join(err, e, fmt.Errorf("%s: nothing arrived", at))
 			}
 			return err
 		})
@@ -310,6 +317,9 @@ func (f *fixture) probe(at, path string, locked bool) error {
 		if got[name] != "timeout" && (got[name] != "no address" || f.reachable(at)) {
 			err = errors.Join(err, fmt.Errorf("%s: %s was %q in spite of the lock", at, name, got[name]))
 		}
+	}
+	if n, e := testbed.Arrivals(ns); e != nil || n != arrived0 {
+		err = errors.Join(err, e, fmt.Errorf("%s: %d packets arrived in spite of the lock", at, n-arrived0))
 	}
 	return err
 }
