@@ -1,0 +1,555 @@
+package main
+
+// The program as a command line.
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"runtime"
+	"runtime/debug"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"github.com/criu-netlock/criu-netlock/netlock"
+	"github.com/criu-netlock/criu-netlock/netlock/action"
+	"github.com/criu-netlock/criu-netlock/netlock/config"
+)
+
+// version is set when a release is linked.
+var version = ""
+
+// errs are the errors of several targets; each gets a line of its own.
+type errs []error
+
+func (e errs) Error() string   { return errors.Join(e...).Error() }
+func (e errs) Unwrap() []error { return e }
+
+// all is e as an error, nil if it is empty.
+func (e errs) all() error {
+	if len(e) == 0 {
+		return nil
+	}
+	return e
+}
+
+func inputError(format string, args ...any) error {
+	return &netlock.Error{Kind: netlock.KindInput, Err: fmt.Errorf(format, args...)}
+}
+
+// cli is one run of the program as a command.
+type cli struct {
+	start   time.Time
+	pids    pidList
+	netns   []string
+	backend string
+	timeout string
+	json    bool
+	all     bool
+
+	ran bool // past the checks of cobra, whose errors are all bad input
+}
+
+// runCommand runs the command line and returns the exit code.
+func runCommand(start time.Time, args []string) int {
+	c := &cli{start: start}
+	root := c.root()
+	root.SetArgs(args)
+	err := root.Execute()
+	if err == nil {
+		return 0
+	}
+	if !c.ran {
+		err = &netlock.Error{Kind: netlock.KindInput, Err: err, Hint: "criu-netlock --help tells more"}
+	}
+	list, ok := err.(errs) //nolint:errorlint // not wrapped: it is printed line by line
+	if !ok {
+		list = errs{err}
+	}
+	for _, e := range list {
+		say("criu-netlock: " + oneLine(e.Error()) + "\n")
+	}
+	return netlock.ExitCode(list[0])
+}
+
+const usage = "usage: criu-netlock lock|unlock|status|list|check|version|completion [flags]"
+
+func (c *cli) root() *cobra.Command {
+	root := &cobra.Command{
+		Use:   "criu-netlock",
+		Short: "A network lock for CRIU",
+		Long: "A network lock for CRIU. Without arguments, and with CRTOOLS_SCRIPT_ACTION set, it is\n" +
+			"CRIU's action script; see /etc/criu/netlock.toml for what can be set then.",
+		SilenceUsage:       true,
+		SilenceErrors:      true,
+		DisableSuggestions: true,
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				return fmt.Errorf("unknown command %q", args[0])
+			}
+			return nil
+		},
+		RunE: func(*cobra.Command, []string) error { return errors.New(usage) },
+	}
+	root.SetHelpCommand(&cobra.Command{
+		Use: "help [command]", Short: "Help about a command",
+		RunE: func(_ *cobra.Command, args []string) error {
+			cmd, rest, err := root.Find(args)
+			if err != nil || len(rest) > 0 {
+				return fmt.Errorf("unknown command %q", strings.Join(args, " "))
+			}
+			return cmd.Help()
+		},
+	})
+	add := func(cmd *cobra.Command, run func() error) *cobra.Command {
+		cmd.Args = func(_ *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				return fmt.Errorf("unexpected argument %q", args[0])
+			}
+			return nil
+		}
+		cmd.RunE = func(*cobra.Command, []string) error { c.ran = true; return run() }
+		cmd.ValidArgsFunction = cobra.NoFileCompletions
+		cmd.Flags().BoolVar(&c.json, "json", false, "print JSON")
+		root.AddCommand(cmd)
+		return cmd
+	}
+	targets := func(cmd *cobra.Command) *cobra.Command {
+		cmd.Flags().Var(&c.pids, "pid", "the network namespace of this task (may be repeated)")
+		cmd.Flags().StringArrayVar(&c.netns, "netns", nil, "a name as ip netns has it, or an absolute path (may be repeated)")
+		return cmd
+	}
+	settings := func(cmd *cobra.Command) *cobra.Command {
+		cmd.Flags().StringVar(&c.backend, "backend", "", "auto, nft or iptables, in place of the configuration's")
+		cmd.Flags().StringVar(&c.timeout, "timeout", "", "1s to 1m, in place of the configuration's")
+		for flag, words := range map[string][]string{"backend": {config.Auto, config.NFT, config.IPTables}, "timeout": {"1s", "5s", "30s"}} {
+			// Fails for a flag that does not exist, and these do.
+			_ = cmd.RegisterFlagCompletionFunc(flag, cobra.FixedCompletions(words, cobra.ShellCompDirectiveNoFileComp))
+		}
+		return cmd
+	}
+	settings(targets(add(&cobra.Command{Use: "lock", Short: "Lock network namespaces: all of those given, or none"}, c.lock)))
+	unlock := settings(targets(add(&cobra.Command{Use: "unlock", Short: "Unlock network namespaces"}, c.unlock)))
+	unlock.Flags().BoolVar(&c.all, "all", false, "every namespace that list finds")
+	settings(targets(add(&cobra.Command{Use: "status", Short: "Tell whether a network namespace is locked"}, c.status)))
+	settings(add(&cobra.Command{Use: "list", Short: "List every locked network namespace of this host"}, c.list))
+	settings(targets(add(&cobra.Command{Use: "check", Short: "Tell whether a lock can be taken here, and what to do if not"}, c.check)))
+	add(&cobra.Command{Use: "version", Short: "Print the version"}, c.printVersion)
+	return root
+}
+
+// pidList is a flag that takes pids, strictly, and may be repeated.
+type pidList []int
+
+func (p *pidList) Set(s string) error {
+	pid, err := action.ParsePID(s)
+	*p = append(*p, pid)
+	return err
+}
+func (p *pidList) String() string { return "" }
+func (p *pidList) Type() string   { return "pid" }
+
+// config is the configuration with the flags applied. Wrong flags are an error of
+// their own, since unlocking tolerates a wrong file but not a wrong command.
+func (c *cli) config() (cfg config.Config, fileErr, flagErr error) {
+	cfg, fileErr = config.Load(config.Path(os.LookupEnv))
+	if c.backend != "" {
+		b, err := config.ParseBackend(c.backend)
+		if err != nil {
+			return cfg, fileErr, inputError("--backend: %w", err)
+		}
+		cfg.Backend = b
+	}
+	if c.timeout != "" {
+		d, err := config.ParseTimeout(c.timeout)
+		if err != nil {
+			return cfg, fileErr, inputError("--timeout: %w", err)
+		}
+		cfg.Timeout = d
+	}
+	return cfg, fileErr, nil
+}
+
+// strictConfig is config for the commands that do nothing with a wrong file.
+func (c *cli) strictConfig() (config.Config, error) {
+	cfg, fileErr, flagErr := c.config()
+	if flagErr != nil {
+		return cfg, flagErr
+	}
+	return cfg, fileErr
+}
+
+// target is a namespace of the command line.
+type target struct {
+	ns      *netlock.Namespace
+	foundAt string // how a person finds it again
+}
+
+func (t target) String() string { return fmt.Sprintf("net:[%d] (%s)", t.ns.Inode(), t.foundAt) }
+
+// open opens all targets, each namespace once, before anything is done to any.
+func (c *cli) open() (ts []target, err error) {
+	var bad errs
+	seen := make(map[uint64]bool)
+	add := func(ns *netlock.Namespace, err error, foundAt string) {
+		switch {
+		case err != nil:
+			bad = append(bad, err)
+		case seen[ns.Inode()]:
+			ns.Close()
+		default:
+			seen[ns.Inode()] = true
+			ts = append(ts, target{ns, foundAt})
+		}
+	}
+	for _, pid := range c.pids {
+		ns, err := netlock.FromPID(pid)
+		add(ns, err, fmt.Sprintf("pid %d", pid))
+	}
+	for _, path := range c.netns {
+		ns, err := netlock.FromPath(path)
+		add(ns, err, path)
+	}
+	if len(bad) > 0 {
+		closeAll(ts)
+		return nil, bad
+	}
+	return ts, nil
+}
+
+func closeAll(ts []target) {
+	for _, t := range ts {
+		t.ns.Close()
+	}
+}
+
+// needTargets is open for the commands that need some.
+func (c *cli) needTargets() ([]target, error) {
+	if len(c.pids)+len(c.netns) == 0 {
+		return nil, inputError("no target: give --pid or --netns")
+	}
+	return c.open()
+}
+
+// parallel runs f for 0 to n-1, a few at a time: the kernel takes locks of different
+// namespaces side by side.
+func parallel(n int, f func(int)) {
+	var wg sync.WaitGroup
+	next := make(chan int)
+	for range min(n, 2*runtime.GOMAXPROCS(0)) {
+		wg.Go(func() {
+			for i := range next {
+				f(i)
+			}
+		})
+	}
+	for i := range n {
+		next <- i
+	}
+	close(next)
+	wg.Wait()
+}
+
+// outcome is what happened to one target of lock or unlock.
+type outcome struct {
+	Netns   uint64  `json:"netns"`
+	Target  string  `json:"target"`
+	Backend *string `json:"backend"`
+	Result  string  `json:"result"`
+	Error   *string `json:"error"`
+
+	err error
+}
+
+func (t target) outcome(result, backend string, err error) outcome {
+	o := outcome{Netns: t.ns.Inode(), Target: t.foundAt, Result: result, err: err, Backend: orNull(backend)}
+	if err != nil {
+		o.Error = orNull(oneLine(err.Error()))
+	}
+	return o
+}
+
+// orNull is JSON's null for an empty string.
+func orNull(s string) *string {
+	if s == "" {
+		return nil
+	}
+	return &s
+}
+
+// report prints outcomes and returns their errors. What was done stays done, and is
+// not made a failure by a stdout that cannot be written.
+func (c *cli) report(os []outcome) error {
+	var bad errs
+	for _, o := range os {
+		if o.err != nil {
+			bad = append(bad, o.err)
+		}
+	}
+	if c.json {
+		_ = printJSON(os)
+		return bad.all()
+	}
+	var b strings.Builder
+	for _, o := range os {
+		fmt.Fprintf(&b, "net:[%d] (%s): %s", o.Netns, oneLine(o.Target), o.Result)
+		if o.Backend != nil {
+			fmt.Fprintf(&b, " (%s)", *o.Backend)
+		}
+		b.WriteByte('\n')
+	}
+	_ = printText(b.String())
+	return bad.all()
+}
+
+// lock locks all targets; if one cannot be locked, those that this call locked are
+// unlocked again.
+func (c *cli) lock() error {
+	cfg, err := c.strictConfig()
+	if err != nil {
+		return err
+	}
+	ts, err := c.needTargets()
+	if err != nil {
+		return err
+	}
+	l := newLocker(cfg, parent())
+	out, err := within(c.start, cfg.Timeout, func(ctx context.Context) ([]outcome, error) {
+		return lockAll(ctx, l, ts), nil
+	})
+	if err != nil {
+		return err
+	}
+	return c.report(out)
+}
+
+func lockAll(ctx context.Context, l *netlock.Locker, ts []target) []outcome {
+	out := make([]outcome, len(ts))
+	mine := make([]bool, len(ts)) // locked by this call
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	stop := errors.New("another target failed")
+	parallel(len(ts), func(i int) {
+		if context.Cause(ctx) == stop {
+			out[i] = ts[i].outcome("not tried", "", nil)
+			return
+		}
+		res, err := l.Lock(ctx, ts[i].ns)
+		switch {
+		case err != nil && context.Cause(ctx) == stop:
+			out[i] = ts[i].outcome("not locked", "", nil) // cancelled: the failure is the other's
+		case err != nil:
+			out[i] = ts[i].outcome("failed", "", err)
+			cancel(stop)
+		case res.Already:
+			out[i] = ts[i].outcome("already locked", res.Backend, nil)
+		default:
+			mine[i] = true
+			out[i] = ts[i].outcome("locked", res.Backend, nil)
+		}
+	})
+	if context.Cause(ctx) == nil {
+		return out
+	}
+	undo, cancelUndo := context.WithTimeout(context.WithoutCancel(ctx), netlock.UndoTime)
+	defer cancelUndo()
+	parallel(len(ts), func(i int) {
+		if !mine[i] {
+			return
+		}
+		if _, err := l.Unlock(undo, ts[i].ns); err != nil {
+			out[i] = ts[i].outcome("locked", "", fmt.Errorf("could not be unlocked again: %w", err))
+			return
+		}
+		out[i] = ts[i].outcome("unlocked again", "", nil)
+	})
+	return out
+}
+
+// unlock unlocks all targets, whatever happens to any. As in the hook, a wrong
+// configuration keeps nothing locked.
+func (c *cli) unlock() error {
+	cfg, fileErr, flagErr := c.config()
+	switch {
+	case flagErr != nil:
+		return flagErr
+	case c.all && len(c.pids)+len(c.netns) > 0:
+		return inputError("--all goes with no other target")
+	}
+	l := newLocker(cfg, parent())
+	var ts []target
+	var err error
+	if !c.all {
+		if ts, err = c.needTargets(); err != nil {
+			return err
+		}
+	}
+	out, err := within(c.start, cfg.Timeout, func(ctx context.Context) ([]outcome, error) {
+		var findErr error
+		if c.all {
+			var found []locked
+			found, findErr = find(ctx, l)
+			for _, f := range found {
+				ts = append(ts, f.target)
+			}
+		}
+		out := make([]outcome, len(ts))
+		parallel(len(ts), func(i int) {
+			st, err := l.Unlock(ctx, ts[i].ns)
+			if fileErr != nil && err != nil && netlock.KindOf(err) == netlock.KindTampered {
+				err = nil // without the allow list no lock that was made with one looks intact
+			}
+			result := "not locked"
+			switch {
+			case err != nil && netlock.KindOf(err) != netlock.KindTampered:
+				result = "failed"
+			case st.Found:
+				result = "unlocked"
+			}
+			out[i] = ts[i].outcome(result, st.Backend, err)
+		})
+		return out, findErr
+	})
+	var bad errs
+	for _, e := range []error{err, c.report(out), fileErr} {
+		if list, ok := e.(errs); ok { //nolint:errorlint // not wrapped: it is flattened
+			bad = append(bad, list...)
+		} else if e != nil {
+			bad = append(bad, e)
+		}
+	}
+	return bad.all()
+}
+
+// statusJSON is a State in the form that scripts read.
+type statusJSON struct {
+	Locked     bool            `json:"locked"`
+	Backend    *string         `json:"backend"`
+	Mode       *string         `json:"mode"`
+	Since      *string         `json:"since"`
+	DroppedIn  uint64          `json:"dropped_in"`
+	DroppedOut uint64          `json:"dropped_out"`
+	LockedBy   *netlock.Caller `json:"locked_by"`
+	Intact     bool            `json:"intact"`
+	Netns      uint64          `json:"netns"`
+}
+
+func newStatus(ns *netlock.Namespace, st netlock.State) statusJSON {
+	j := statusJSON{
+		Locked: st.Locked, Backend: orNull(st.Backend), DroppedIn: st.DroppedIn, DroppedOut: st.DroppedOut,
+		Intact: st.Locked && st.Intact, Netns: ns.Inode(),
+	}
+	if st.Locked {
+		j.Mode = orNull("drop")
+	}
+	if !st.Found {
+		j.Backend = nil
+	}
+	if !st.Since.IsZero() {
+		j.Since = orNull(st.Since.UTC().Format(time.RFC3339))
+	}
+	if st.Caller != (netlock.Caller{}) {
+		j.LockedBy = &st.Caller
+	}
+	return j
+}
+
+// statusText is a State for a person.
+func statusText(t target, st netlock.State) string {
+	var b strings.Builder
+	head := "not locked"
+	switch {
+	case st.Locked:
+		head = "locked"
+	case st.Found:
+		head = "not locked, but what a lock leaves is there"
+	}
+	fmt.Fprintf(&b, "%s: %s\n", oneLine(t.String()), head)
+	if !st.Found {
+		return b.String()
+	}
+	line := func(name, format string, args ...any) {
+		fmt.Fprintf(&b, "  %-10s %s\n", name, oneLine(fmt.Sprintf(format, args...)))
+	}
+	line("backend", "%s", st.Backend)
+	if st.Locked {
+		line("mode", "drop")
+	}
+	if st.Since.IsZero() {
+		line("since", "unknown")
+	} else {
+		line("since", "%s (%s ago)", st.Since.UTC().Format(time.RFC3339), time.Since(st.Since).Round(time.Second))
+	}
+	line("dropped", "%d in, %d out", st.DroppedIn, st.DroppedOut)
+	if st.Caller == (netlock.Caller{}) {
+		line("locked by", "unknown")
+	} else {
+		line("locked by", "%s, pid %d", st.Caller.Name, st.Caller.PID)
+	}
+	if st.Intact {
+		line("intact", "yes")
+	} else {
+		line("intact", "no: %s", st.Why)
+	}
+	return b.String()
+}
+
+func (c *cli) status() error {
+	cfg, err := c.strictConfig()
+	if err != nil {
+		return err
+	}
+	ts, err := c.needTargets()
+	if err != nil {
+		return err
+	}
+	if len(ts) > 1 {
+		return inputError("status tells about one target; list tells about all")
+	}
+	l := newLocker(cfg, parent())
+	st, err := within(c.start, cfg.Timeout, func(ctx context.Context) (netlock.State, error) { return l.State(ctx, ts[0].ns) })
+	if err != nil {
+		return err
+	}
+	if c.json {
+		return printJSON(newStatus(ts[0].ns, st))
+	}
+	return printText(statusText(ts[0], st))
+}
+
+// printVersion prints what a bug report needs.
+func (c *cli) printVersion() error {
+	v := version
+	if v == "" {
+		v = "unknown"
+		if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
+			v = info.Main.Version
+		}
+	}
+	goVersion := runtime.Version() + " " + runtime.GOOS + "/" + runtime.GOARCH
+	if c.json {
+		return printJSON(map[string]string{"version": v, "rule_set_format": ruleSetFormat, "go": goVersion})
+	}
+	return printText(fmt.Sprintf("criu-netlock %s\nrule set format %s\n%s\n", v, ruleSetFormat, goVersion))
+}
+
+func printText(s string) error {
+	if err := write(unix.Stdout, s); err != nil {
+		return fmt.Errorf("write to stdout: %w", err)
+	}
+	return nil
+}
+
+func printJSON(v any) error {
+	b, err := json.MarshalIndent(v, "", "  ")
+	if err != nil {
+		return err
+	}
+	return printText(string(b) + "\n")
+}

@@ -1,0 +1,106 @@
+package main
+
+// Everything ends by its deadline, and nothing waits for a reader of its output.
+
+import (
+	"context"
+	"errors"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/criu-netlock/criu-netlock/netlock"
+)
+
+// sayTime is how long a line on stderr may take. CRIU's log is a file, but may be a
+// pipe that nobody reads.
+const sayTime = 100 * time.Millisecond
+
+// within runs f with a context that ends early enough for undoing what f began, and
+// returns before timeout has passed since start whatever f does.
+func within[T any](start time.Time, timeout time.Duration, f func(context.Context) (T, error)) (T, error) {
+	type answer struct {
+		v   T
+		err error
+	}
+	ctx, cancel := context.WithDeadline(context.Background(), start.Add(timeout-netlock.UndoTime))
+	defer cancel()
+	done := make(chan answer, 1) // f may come back when nobody waits any more
+	go func() {
+		v, err := f(ctx)
+		done <- answer{v, err}
+	}()
+	last := time.NewTimer(time.Until(start.Add(timeout - sayTime)))
+	defer last.Stop()
+	select {
+	case a := <-done:
+		if a.err != nil && errors.Is(a.err, context.DeadlineExceeded) && netlock.KindOf(a.err) == netlock.KindOther {
+			a.err = &netlock.Error{Kind: netlock.KindDeadline, Op: "timeout " + timeout.String(), Err: a.err}
+		}
+		return a.v, a.err
+	case <-last.C:
+		var none T
+		return none, &netlock.Error{
+			Kind: netlock.KindDeadline, Op: "timeout " + timeout.String(),
+			Err:  errors.New("the kernel or a tool has not answered; gave up waiting"),
+			Hint: "criu-netlock status tells what is there now",
+		}
+	}
+}
+
+// say writes a line to stderr, if that can be done at once. It must neither block nor
+// be killed: os.Stderr raises SIGPIPE on a pipe without a reader, even where the
+// parent had it ignored, and a full one blocks.
+func say(line string) {
+	done := make(chan struct{})
+	go func() {
+		write(unix.Stderr, line)
+		close(done)
+	}()
+	select {
+	case <-done:
+	case <-time.After(sayTime):
+	}
+}
+
+// write is a plain write of everything.
+func write(fd int, s string) error {
+	for b := []byte(s); len(b) > 0; {
+		n, err := unix.Write(fd, b)
+		switch {
+		case err == unix.EINTR:
+		case err != nil:
+			return err
+		}
+		b = b[max(n, 0):]
+	}
+	return nil
+}
+
+// oneLine keeps joined errors, and whatever a user gave, on one line.
+func oneLine(s string) string {
+	return strings.Map(func(r rune) rune {
+		if r < ' ' || r == 0x7f {
+			return ' '
+		}
+		return r
+	}, strings.ReplaceAll(s, "\n", "; "))
+}
+
+// parent is who started us: CRIU, or a shell.
+func parent() netlock.Caller {
+	pid := os.Getppid()
+	return netlock.Caller{PID: pid, Name: comm(pid)}
+}
+
+// comm is a task's name; empty if it is not to be seen from here.
+func comm(pid int) string {
+	b, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/comm")
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSuffix(string(b), "\n")
+}

@@ -1,0 +1,79 @@
+package main
+
+// A real lock in a network namespace that nobody uses: the one honest answer to
+// whether this host can lock.
+
+import (
+	"context"
+	"fmt"
+	"runtime"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/criu-netlock/criu-netlock/netlock"
+)
+
+// trial locks and unlocks a throwaway namespace.
+func trial(ctx context.Context, l *netlock.Locker) (netlock.Result, error) {
+	ns, err := throwaway()
+	if err != nil {
+		return netlock.Result{}, err
+	}
+	defer ns.Close()
+	res, err := l.Lock(ctx, ns)
+	if err != nil {
+		return netlock.Result{}, fmt.Errorf("trial: %w", err)
+	}
+	if _, err := l.Unlock(ctx, ns); err != nil {
+		return netlock.Result{}, fmt.Errorf("trial: %w", err)
+	}
+	return res, nil
+}
+
+// throwaway makes a network namespace that ends with its handle.
+func throwaway() (*netlock.Namespace, error) {
+	type answer struct {
+		ns  *netlock.Namespace
+		err error
+	}
+	made := make(chan answer)
+	go func() {
+		runtime.LockOSThread() // and never unlocked: the thread dies with this goroutine
+		if unix.Gettid() == unix.Getpid() {
+			// The main thread cannot die, and /proc/self/ns/net is its namespace. While
+			// this goroutine keeps it, another one gets another thread.
+			defer runtime.UnlockOSThread()
+			ns, err := throwaway()
+			made <- answer{ns, err}
+			return
+		}
+		ns, err := unshareNet()
+		made <- answer{ns, err}
+	}()
+	a := <-made
+	return a.ns, a.err
+}
+
+func unshareNet() (*netlock.Namespace, error) {
+	fail := func(op string, err error) (*netlock.Namespace, error) {
+		e := &netlock.Error{Kind: netlock.KindOther, Op: op, Namespace: "trial", Err: err}
+		switch err {
+		case unix.EPERM:
+			e.Kind, e.Hint = netlock.KindPrivilege, netlock.MissingCapability(unix.CAP_SYS_ADMIN)
+		case unix.ENOSPC:
+			e.Hint = "raise user.max_net_namespaces"
+		case unix.EINVAL:
+			e.Kind, e.Hint = netlock.KindNoBackend, "the kernel has no network namespaces"
+		}
+		return nil, e
+	}
+	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+		return fail("unshare", err)
+	}
+	fd, err := unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fail("open /proc/thread-self/ns/net", err)
+	}
+	defer unix.Close(fd)
+	return netlock.FromFD(fd)
+}
