@@ -108,23 +108,58 @@ const malformed = "\x00malformed"
 // exprsText writes a list of expressions in one canonical form, whoever marshalled
 // them. Everything in it counts: an expression or an attribute we do not know makes
 // another text. (The decoder of google/nftables passes over expressions that it
-// does not know.) Only a counter's values are left out.
+// does not know.) Only a counter's values are left out, and how many bytes of a
+// header are compared at a time: nft joins two matches that are adjacent.
 func exprsText(b []byte) (text string, packets uint64) {
 	out := make([]byte, 0, len(b))
+	var load *payloadLoad // the payload expression just before, not yet written
 	sound := nfnl.Walk(b, func(_ uint16, e []byte) {
-		var n uint64
-		out, n = appendExpr(out, e)
-		packets += n
+		name, data, ok := splitExpr(e)
+		if load != nil {
+			value, isEq := cmpEq(name, data)
+			if isEq && len(value) == int(load.size) && load.size != 0 {
+				for i, v := range value {
+					out = append(out, "byte{"...)
+					out = binary.BigEndian.AppendUint32(out, load.base)
+					out = binary.BigEndian.AppendUint32(out, load.off+uint32(i))
+					out = append(out, v, '}')
+				}
+				load = nil
+				return
+			}
+			out = appendExpr(out, "payload", load.data)
+			load = nil
+		}
+		switch {
+		case !ok:
+			out = append(out, malformed...)
+		case name == "payload":
+			if load = parseLoad(data); load == nil {
+				out = appendExpr(out, name, data)
+			}
+		case name == "counter":
+			nfnl.Walk(data, func(typ uint16, v []byte) {
+				if typ == unix.NFTA_COUNTER_PACKETS {
+					packets += nfnl.U64(v)
+				}
+			})
+			out = append(out, "counter{}"...)
+		default:
+			out = appendExpr(out, name, data)
+		}
 	})
+	if load != nil {
+		out = appendExpr(out, "payload", load.data)
+	}
 	if !sound {
 		return malformed, 0
 	}
 	return string(out), packets
 }
 
-func appendExpr(out, b []byte) (_ []byte, packets uint64) {
-	var name string
-	var data []byte
+// splitExpr takes an expression apart; ok is false if there is anything else in it.
+func splitExpr(b []byte) (name string, data []byte, ok bool) {
+	ok = true
 	sound := nfnl.Walk(b, func(typ uint16, v []byte) {
 		switch typ {
 		case unix.NFTA_EXPR_NAME:
@@ -132,23 +167,68 @@ func appendExpr(out, b []byte) (_ []byte, packets uint64) {
 		case unix.NFTA_EXPR_DATA:
 			data = v
 		default:
-			out = append(out, malformed...)
+			ok = false
 		}
 	})
-	if !sound {
-		return append(out, malformed...), 0
+	return name, data, ok && sound
+}
+
+// payloadLoad is a payload expression that loads into register 1.
+type payloadLoad struct {
+	base, off, size uint32
+	data            []byte
+}
+
+func parseLoad(data []byte) *payloadLoad {
+	l := &payloadLoad{data: data}
+	plain, reg := true, uint32(0)
+	sound := nfnl.Walk(data, func(typ uint16, v []byte) {
+		switch typ {
+		case unix.NFTA_PAYLOAD_DREG:
+			reg = nfnl.U32(v)
+		case unix.NFTA_PAYLOAD_BASE:
+			l.base = nfnl.U32(v)
+		case unix.NFTA_PAYLOAD_OFFSET:
+			l.off = nfnl.U32(v)
+		case unix.NFTA_PAYLOAD_LEN:
+			l.size = nfnl.U32(v)
+		default:
+			plain = false
+		}
+	})
+	if !sound || !plain || reg != unix.NFT_REG_1 {
+		return nil
 	}
+	return l
+}
+
+// cmpEq returns the value that a cmp expression wants register 1 to be equal to.
+func cmpEq(name string, data []byte) (value []byte, ok bool) {
+	if name != "cmp" {
+		return nil, false
+	}
+	plain, reg, op := true, uint32(0), ^uint32(0)
+	sound := nfnl.Walk(data, func(typ uint16, v []byte) {
+		switch typ {
+		case unix.NFTA_CMP_SREG:
+			reg = nfnl.U32(v)
+		case unix.NFTA_CMP_OP:
+			op = nfnl.U32(v)
+		case unix.NFTA_CMP_DATA:
+			plain = nfnl.Walk(v, func(typ uint16, d []byte) {
+				plain = plain && typ == unix.NFTA_DATA_VALUE && value == nil
+				value = d
+			}) && plain
+		default:
+			plain = false
+		}
+	})
+	return value, sound && plain && reg == unix.NFT_REG_1 && op == unix.NFT_CMP_EQ
+}
+
+func appendExpr(out []byte, name string, data []byte) []byte {
 	out = append(append(out, name...), '{')
-	if name == "counter" {
-		nfnl.Walk(data, func(typ uint16, v []byte) {
-			if typ == unix.NFTA_COUNTER_PACKETS {
-				packets = nfnl.U64(v)
-			}
-		})
-	} else {
-		out = appendAttrs(out, name, 0, data)
-	}
-	return append(out, '}'), packets
+	return append(appendAttrs(out, name, 0, data), '}')
 }
 
 // nested tells whether an attribute of an expression holds attributes; outer is

@@ -77,6 +77,7 @@ func (c chain) rules(allow []netlock.Rule) [][]expr.Any {
 	// Without neighbour discovery a peer gives an old IPv6 connection up.
 	for _, typ := range []byte{135, 136} { // neighbour solicitation and advertisement
 		out = append(out, accept(
+			meta(expr.MetaKeyNFPROTO, []byte{unix.NFPROTO_IPV6}),
 			meta(expr.MetaKeyL4PROTO, []byte{unix.IPPROTO_ICMPV6}),
 			[]expr.Any{payload(expr.PayloadBaseTransportHeader, 0, 1), eq([]byte{typ})}))
 	}
