@@ -9,6 +9,7 @@ import (
 
 	"github.com/criu-netlock/criu-netlock/e2e/testbed"
 	"github.com/criu-netlock/criu-netlock/e2e/traffic"
+	"github.com/criu-netlock/criu-netlock/netlock/action"
 )
 
 // userRules are the container's own: they must come out of everything unchanged.
@@ -29,7 +30,8 @@ type run struct {
 	*fixture
 	streams map[string]*traffic.Stream
 	rules   string
-	failAt  string // the hook that the test makes fail
+	failAt  string                  // the hook that the test makes fail
+	at      map[string]func() error // what the test does at a hook, before it looks
 	errs    []error
 }
 
@@ -37,7 +39,7 @@ var errOnPurpose = errors.New("failed on purpose")
 
 func newRun(t *testing.T, engine, lock string) *run {
 	t.Helper()
-	r := &run{fixture: begin(t, engine, lock, oursPath, relayPath), streams: map[string]*traffic.Stream{}}
+	r := &run{fixture: begin(t, engine, lock, oursPath, relayPath), streams: map[string]*traffic.Stream{}, at: map[string]func() error{}}
 	r.loadUserRules()
 	var err error
 	if r.rules, err = r.l.Rules(r.ctx, r.e.Netns()); err != nil {
@@ -61,8 +63,23 @@ func (r *run) loadUserRules() {
 	}
 }
 
+// renew gives the container a new namespace, with its rules and without a link.
+func (r *run) renew() {
+	r.t.Helper()
+	if err := r.e.(*testbed.Runc).Renew(r.ctx); err != nil {
+		r.t.Fatal(err)
+	}
+	r.loadUserRules()
+}
+
 // watch is told of every hook after criu-netlock has handled it.
 func (r *run) watch(h testbed.Hook) error {
+	if f := r.at[h.Action]; f != nil {
+		if err := f(); err != nil {
+			r.errs = append(r.errs, err)
+			return err
+		}
+	}
 	var err error
 	switch path := fmt.Sprintf("/proc/%s/ns/net", h.PID); {
 	case slices.Contains(lockedAt, h.Action):
@@ -108,10 +125,14 @@ func (r *run) do(what, failAt string, f func() error) []string {
 	if failAt != "" && !slices.Contains(names, failAt) {
 		r.t.Fatalf("%s failed before %s: %v", what, failAt, err)
 	}
-	if log, err := r.e.Log(); err != nil {
+	log, err := r.e.Log()
+	if err != nil {
 		r.t.Errorf("%s: %v", what, err)
-	} else if strings.Contains(log, "iptables has failed") {
-		r.t.Errorf("%s: CRIU's own lock failed", what)
+	}
+	for _, n := range names {
+		if line := " action=" + n + " "; action.OpOf(action.Name(n)) != action.Nothing && strings.Count(log, line) != 1 {
+			r.t.Errorf("%s: want one line of ours with%sin CRIU's log, got %d", what, line, strings.Count(log, line))
+		}
 	}
 	return names
 }
@@ -175,47 +196,55 @@ func (r *run) finish() {
 
 // The cases: in each the connections must live through it.
 var cases = []struct {
-	name string
-	run  func(*run)
+	name   string
+	engine string // the only one for which it is a case
+	run    func(*run)
 }{
-	{"kill and restore", func(r *run) {
+	{"kill and restore", "", func(r *run) {
 		want(r.t, r.dump("", false), "pre-dump", "network-lock", "post-dump")
 		r.dead()
 		want(r.t, r.restore(""), "pre-restore", "setup-namespaces", "post-setup-namespaces", "post-restore", "network-unlock", "pre-resume", "post-resume")
 	}},
-	{"restore in a new namespace", func(r *run) {
-		// CRIU's command line always restores in a new one. With runc the old one
-		// has the dump's lock; a new one gets its own, at setup-namespaces.
-		e, ok := r.e.(*testbed.Runc)
-		if !ok {
-			return
-		}
+	// As on another host. CRIU's command line always restores in a new namespace; runc's
+	// old one has the dump's lock, a new one has none until setup-namespaces. What is
+	// plugged in before that must be locked by hand, or its kernel resets the peer.
+	{"new namespace plugged in at setup-namespaces", "runc", func(r *run) {
 		r.dump("", false)
-		if err := e.Renew(r.ctx); err != nil {
-			r.t.Fatal(err)
-		}
-		r.loadUserRules()
+		r.renew()
+		r.at["setup-namespaces"] = func() error { return r.net.Attach(r.ctx, r.e.(*testbed.Runc).ID, r.e.Netns()) }
 		r.restore("")
 	}},
-	{"leave running", func(r *run) {
+	{"new namespace locked by hand", "runc", func(r *run) {
+		r.dump("", false)
+		r.renew()
+		if _, err := r.l.Run(r.ctx, oursPath, "lock", "--netns", r.e.Netns()); err != nil {
+			r.t.Fatal(err)
+		}
+		if err := r.net.Attach(r.ctx, r.e.(*testbed.Runc).ID, r.e.Netns()); err != nil {
+			r.t.Fatal(err)
+		}
+		r.dead()
+		r.restore("")
+	}},
+	{"leave running", "", func(r *run) {
 		want(r.t, r.dump("", true), "pre-dump", "network-lock", "post-dump", "network-unlock")
 	}},
-	{"dump fails at network-lock", func(r *run) {
+	{"dump fails at network-lock", "", func(r *run) {
 		want(r.t, r.dump("network-lock", false), "pre-dump", "network-lock", "network-unlock")
 	}},
-	{"dump fails at post-dump", func(r *run) {
+	{"dump fails at post-dump", "", func(r *run) {
 		want(r.t, r.dump("post-dump", false), "pre-dump", "network-lock", "post-dump", "network-unlock")
 		r.flows("after the failed dump")
 		// And the next one is good.
 		want(r.t, r.dump("", true), "pre-dump", "network-lock", "post-dump", "network-unlock")
 	}},
-	{"restore fails at post-setup-namespaces", func(r *run) {
+	{"restore fails at post-setup-namespaces", "", func(r *run) {
 		r.dump("", false)
 		want(r.t, r.restore("post-setup-namespaces"), "pre-restore", "setup-namespaces", "post-setup-namespaces")
 		r.dead()
 		r.restore("")
 	}},
-	{"restore fails at post-restore", func(r *run) {
+	{"restore fails at post-restore", "", func(r *run) {
 		r.dump("", false)
 		want(r.t, r.restore("post-restore"), "pre-restore", "setup-namespaces", "post-setup-namespaces", "post-restore")
 		r.dead()
@@ -246,6 +275,9 @@ func TestCheckpoint(t *testing.T) {
 	for _, engine := range []string{"criu", "runc"} {
 		for _, lock := range []string{"skip", "iptables", "nftables"} {
 			for _, c := range cases {
+				if c.engine != "" && c.engine != engine {
+					continue
+				}
 				t.Run(engine+"/"+lock+"/"+c.name, func(t *testing.T) {
 					r := newRun(t, engine, lock)
 					c.run(r)

@@ -422,7 +422,7 @@ func (e *Runc) Destroy(ctx context.Context) error {
 }
 
 // Renew replaces the namespace of a container that is not running by a new one,
-// as there would be on another host.
+// as there would be on another host, which is not attached yet.
 func (e *Runc) Renew(ctx context.Context) error {
 	if _, err := e.S.Run(ctx, "ip", "netns", "del", e.ID); err != nil {
 		return err
@@ -430,8 +430,6 @@ func (e *Runc) Renew(ctx context.Context) error {
 	if err := e.Net.Detach(ctx); err != nil {
 		return err
 	}
-	if _, err := e.S.Run(ctx, "ip", "netns", "add", e.ID); err != nil {
-		return err
-	}
-	return e.Net.Attach(ctx, e.ID, e.Netns())
+	_, err := e.S.Run(ctx, "ip", "netns", "add", e.ID)
+	return err
 }
