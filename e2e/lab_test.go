@@ -50,14 +50,45 @@ var theLab struct {
 }
 
 func TestMain(m *testing.M) {
+	host := machine()
 	code := m.Run()
 	if l := theLab.lab; l != nil {
-		if err := errors.Join(l.hooks.Close(), l.Close()); err != nil {
+		err := errors.Join(l.hooks.Close(), l.Close())
+		if now := machine(); now != host {
+			err = errors.Join(err, fmt.Errorf("the machine's own network was\n%s\nand is\n%s", host, now))
+		}
+		if b, e := os.ReadFile("/proc/self/mountinfo"); e != nil || strings.Contains(string(b), l.Work) {
+			err = errors.Join(err, e, fmt.Errorf("a mount of %s is left", l.Work))
+		}
+		if err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			code = 1
 		}
 	}
 	os.Exit(code)
+}
+
+// machine is what of the machine's own network no test may change.
+func machine() string {
+	var out strings.Builder
+	for _, f := range []string{"dev", "route", "ipv6_route", "ip_tables_names", "ip6_tables_names"} {
+		b, err := os.ReadFile("/proc/net/" + f)
+		if err != nil {
+			continue // not every kernel has each
+		}
+		for line := range strings.Lines(string(b)) {
+			switch f {
+			case "dev": // the name alone, not the counts
+				line, _, _ = strings.Cut(line, ":")
+			case "ipv6_route":
+				line = strings.Join(slices.DeleteFunc(strings.Fields(line), func(w string) bool { return len(w) == 8 }), " ")
+			case "route":
+				line = strings.Join(strings.Fields(line)[:3], " ")
+			}
+			out.WriteString(strings.TrimSpace(line) + "\n")
+		}
+	}
+	return out.String()
 }
 
 // need ends the test where it cannot run: a failure under CI, a skip elsewhere.

@@ -108,6 +108,9 @@ func (r Recipe) Ensure(ctx context.Context, progress func(string)) (*Root, error
 	if why == nil {
 		return &Root{dir}, nil
 	}
+	if err := r.ours(dir); err != nil {
+		return nil, err
+	}
 	progress(fmt.Sprintf("testbed: %v; building %s (about a minute)", why, dir))
 	if err := r.build(ctx, dir); err != nil {
 		return nil, fmt.Errorf("testbed %s: %w", dir, err)
@@ -116,6 +119,21 @@ func (r Recipe) Ensure(ctx context.Context, progress func(string)) (*Root, error
 		return nil, fmt.Errorf("testbed %s: built, but %w", dir, err)
 	}
 	return &Root{dir}, nil
+}
+
+// ours refuses to replace what was not made here: the folder is the user's choice.
+func (r Recipe) ours(dir string) error {
+	if _, err := os.Lstat(filepath.Join(dir, stamp)); err == nil {
+		return nil
+	}
+	entries, err := os.ReadDir(dir)
+	switch {
+	case os.IsNotExist(err), err == nil && len(entries) == 0:
+		return nil
+	case err != nil:
+		return err
+	}
+	return fmt.Errorf("testbed: %s is not empty and was not made by this program; set %s to another folder", dir, EnvDir)
 }
 
 // check says what is wrong with the root in dir.

@@ -1,9 +1,13 @@
 package testbed
 
 import (
+	"context"
+	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
+	"time"
 )
 
 func TestMirror(t *testing.T) {
@@ -41,6 +45,71 @@ func TestMirror(t *testing.T) {
 				t.Errorf("got %q, %v; want %q", got, err, tc.want)
 			}
 		})
+	}
+}
+
+// A folder that the user names may hold something else: it is not replaced.
+func TestEnsureSparesWhatIsNotOurs(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "precious")
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(dir, "file")
+	if err := os.WriteFile(file, nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv(EnvDir, dir)
+	if _, err := Default().Ensure(t.Context(), nil); err == nil || !strings.Contains(err.Error(), EnvDir) {
+		t.Errorf("Ensure: %v", err)
+	}
+	if _, err := os.Stat(file); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestCheck(t *testing.T) {
+	r, dir := Default(), t.TempDir()
+	if err := r.check(t.Context(), dir); err == nil || !strings.Contains(err.Error(), "no finished root") {
+		t.Errorf("an empty folder: %v", err)
+	}
+	put := func(text string) {
+		t.Helper()
+		if err := os.MkdirAll(filepath.Join(dir, "etc"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(dir, stamp), []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	put("0123\n")
+	if err := r.check(t.Context(), dir); err == nil || !strings.Contains(err.Error(), "another recipe") {
+		t.Errorf("another recipe's root: %v", err)
+	}
+	put(r.hash() + "\n")
+	if err := r.check(t.Context(), dir); err == nil {
+		t.Error("a stamp without a root passes for a root")
+	}
+	if err := r.ours(dir); err != nil {
+		t.Errorf("a broken root may be replaced: %v", err)
+	}
+}
+
+func TestLockFile(t *testing.T) {
+	name := filepath.Join(t.TempDir(), "lock")
+	unlock, err := lockFile(t.Context(), name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if _, err := lockFile(ctx, name); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("a second holder: %v", err)
+	}
+	unlock()
+	if unlock, err = lockFile(t.Context(), name); err != nil {
+		t.Errorf("after the first: %v", err)
+	} else {
+		unlock()
 	}
 }
 
