@@ -69,6 +69,9 @@ func FromPID(pid int) (*Namespace, error) {
 		if isKernelThread(pid) {
 			return fail(KindRefused, "open namespace", errors.New("a kernel thread"), "a kernel thread lives in the host's namespace")
 		}
+		if pid == 1 { // may have a capability more than root in a shell
+			return fail(KindRefused, "open namespace", errors.New("the host's namespace"), "it is never locked: the host would lose its network")
+		}
 		return fail(KindPrivilege, "open namespace", err, MissingCapability(unix.CAP_SYS_ADMIN, unix.CAP_SYS_PTRACE))
 	case err != nil:
 		return fail(KindOther, "open namespace", err, "")

@@ -3,6 +3,8 @@ package main
 // The only place where backends are wired.
 
 import (
+	"context"
+
 	"github.com/criu-netlock/criu-netlock/iptables"
 	"github.com/criu-netlock/criu-netlock/netlock"
 	"github.com/criu-netlock/criu-netlock/netlock/config"
@@ -33,19 +35,26 @@ func hookLocker(cfg config.Config, caller netlock.Caller) *netlock.Locker {
 	return newLocker(cfg, caller, nft.WithRelease(nft.Park))
 }
 
-// variant is one way to lock, for check to try.
+// variant is one way to lock and no other, for check to try.
 type variant struct {
 	name    string
-	backend string // the value of the key backend that can choose it, besides auto
-	locker  *netlock.Locker
+	backend netlock.Backend
 }
 
 func variants() []variant {
 	return []variant{
-		{"nft", config.NFT, netlock.New(nft.New())},
-		{"iptables-legacy", config.IPTables, netlock.New(iptables.New(iptables.Legacy))},
-		{"iptables-nft", config.IPTables, netlock.New(iptables.New(iptables.NFT))},
+		{"nft", nft.New()},
+		{"iptables-legacy", iptables.New(iptables.Legacy)},
+		{"iptables-nft", iptables.New(iptables.NFT)},
 	}
+}
+
+func (v variant) Lock(ctx context.Context, ns *netlock.Namespace) (netlock.Result, error) {
+	return v.backend.Lock(ctx, ns, netlock.Options{})
+}
+
+func (v variant) Unlock(ctx context.Context, ns *netlock.Namespace) (netlock.State, error) {
+	return v.backend.Unlock(ctx, ns, netlock.Options{})
 }
 
 // ruleSetFormat is the version of the rules that a lock consists of.

@@ -84,7 +84,7 @@ func (c *cli) check() error {
 	k.backends(cfg)
 	k.iptables()
 	v := k.criu()
-	k.criuFiles(os.Getenv, v)
+	k.criuFiles(criuFiles(os.Getenv), v)
 	k.targets(cfg, ts)
 
 	k.Possible = k.err == nil
@@ -177,7 +177,7 @@ func (k *checker) backends(cfg config.Config) {
 		took := time.Duration(0)
 		_, err := timed(func(ctx context.Context) (netlock.Result, error) {
 			start := time.Now()
-			res, err := trial(ctx, v.locker)
+			res, err := trial(ctx, v)
 			took = time.Since(start)
 			return res, err
 		})
@@ -308,10 +308,10 @@ func (k *checker) criu() criuVersion {
 }
 
 // criuFiles judges what the configuration files say.
-func (k *checker) criuFiles(getenv func(string) string, v criuVersion) {
+func (k *checker) criuFiles(files []criuFile, v criuVersion) {
 	var scripts []script
 	ownLock := "" // what network-lock is set to where it may be
-	for _, f := range criuFiles(getenv) {
+	for _, f := range files {
 		b, err := os.ReadFile(f.path)
 		if errors.Is(err, os.ErrNotExist) {
 			continue

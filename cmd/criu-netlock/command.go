@@ -141,6 +141,10 @@ func (c *cli) root() *cobra.Command {
 	settings(add(&cobra.Command{Use: "list", Short: "List every locked network namespace of this host"}, c.list))
 	settings(targets(add(&cobra.Command{Use: "check", Short: "Tell whether a lock can be taken here, and what to do if not"}, c.check)))
 	add(&cobra.Command{Use: "version", Short: "Print the version"}, c.printVersion)
+	root.InitDefaultCompletionCmd()
+	if cmd, _, err := root.Find([]string{"completion"}); err == nil {
+		cmd.RunE = func(*cobra.Command, []string) error { return errors.New("want a shell: bash, zsh, fish or powershell") }
+	}
 	return root
 }
 

@@ -13,8 +13,14 @@ import (
 	"github.com/criu-netlock/criu-netlock/netlock"
 )
 
+// locker is what can be tried.
+type locker interface {
+	Lock(context.Context, *netlock.Namespace) (netlock.Result, error)
+	Unlock(context.Context, *netlock.Namespace) (netlock.State, error)
+}
+
 // trial locks and unlocks a throwaway namespace.
-func trial(ctx context.Context, l *netlock.Locker) (netlock.Result, error) {
+func trial(ctx context.Context, l locker) (netlock.Result, error) {
 	ns, err := throwaway()
 	if err != nil {
 		return netlock.Result{}, err
