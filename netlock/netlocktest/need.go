@@ -1,0 +1,33 @@
+// Package netlocktest is the conformance suite of netlock's backends: throwaway
+// network namespaces, probes that tell what passes between them, and what every
+// lock has to do and to withstand.
+package netlocktest
+
+import (
+	"os"
+	"os/exec"
+	"testing"
+)
+
+// Need makes sure that the test is run by root and that the tools are installed.
+// Without them a test is skipped at home and fails where CI=true: a test that was
+// not run must not count as passed there.
+func Need(t testing.TB, tools ...string) {
+	t.Helper()
+	missing := ""
+	if os.Geteuid() != 0 {
+		missing = "root"
+	}
+	for _, tool := range tools {
+		if _, err := exec.LookPath(tool); err != nil {
+			missing += " " + tool
+		}
+	}
+	switch {
+	case missing == "":
+	case os.Getenv("CI") == "true":
+		t.Fatalf("cannot run here, needs %s", missing)
+	default:
+		t.Skipf("needs %s", missing)
+	}
+}
