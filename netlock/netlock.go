@@ -20,6 +20,7 @@ package netlock
 import (
 	"context"
 	"errors"
+	"slices"
 	"time"
 )
 
@@ -96,7 +97,7 @@ type Locker struct {
 func New(backends ...Backend) *Locker { return &Locker{Backends: backends} }
 
 func (l *Locker) all() []Backend {
-	return append(l.Backends[:len(l.Backends):len(l.Backends)], l.Cleaners...)
+	return slices.Concat(l.Backends, l.Cleaners)
 }
 
 // Lock makes sure that ns is locked by exactly one lock. When it returns nil no
@@ -150,7 +151,12 @@ const UndoTime = 500 * time.Millisecond
 // reports what it found. When the error is nil, or of KindTampered, nothing of
 // ours is left.
 func (l *Locker) Unlock(ctx context.Context, ns *Namespace) (State, error) {
-	st, err := l.each(func(b Backend) (State, error) { return b.Unlock(ctx, ns, l.Options) })
+	// The preferred backend goes last: after a delete in nf_tables, closing any
+	// netlink socket of the namespace waits for an RCU grace period, the one with
+	// which another backend merely looks too.
+	order := l.all()
+	slices.Reverse(order)
+	st, err := each(order, func(b Backend) (State, error) { return b.Unlock(ctx, ns, l.Options) })
 	if err == nil && st.Found && !st.Intact {
 		err = &Error{
 			Kind: KindTampered, Op: "unlock", Namespace: ns.String(), Backend: st.Backend,
@@ -162,17 +168,17 @@ func (l *Locker) Unlock(ctx context.Context, ns *Namespace) (State, error) {
 
 // State reads what is locked and changes nothing.
 func (l *Locker) State(ctx context.Context, ns *Namespace) (State, error) {
-	return l.each(func(b Backend) (State, error) { return b.State(ctx, ns, l.Options) })
+	return each(l.all(), func(b Backend) (State, error) { return b.State(ctx, ns, l.Options) })
 }
 
-// each asks every backend and merges what they see into one State: two locks,
+// each asks all backends and merges what they see into one State: two locks,
 // even two intact ones, are not an intact one.
-func (l *Locker) each(f func(Backend) (State, error)) (State, error) {
+func each(backends []Backend, f func(Backend) (State, error)) (State, error) {
 	var (
 		sum  State
 		errs []error
 	)
-	for _, b := range l.all() {
+	for _, b := range backends {
 		st, err := f(b)
 		if errors.Is(err, ErrUnsupported) {
 			continue

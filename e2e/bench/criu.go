@@ -1,0 +1,126 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/criu-netlock/criu-netlock/e2e/testbed"
+)
+
+// inCRIU dumps a container with criu dump --leave-running, round robin under each
+// lock, and reads from CRIU's log how long its hooks and the freeze took.
+func inCRIU(program string, dumps int) (err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Minute)
+	defer cancel()
+	root, err := testbed.Default().Ensure(ctx, func(s string) { fmt.Fprintln(os.Stderr, s) })
+	if err != nil {
+		return err
+	}
+	s, err := root.Enter(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, s.Close()) }()
+	if err := s.Build(ctx, map[string]string{"workload": "e2e/workload"}); err != nil {
+		return err
+	}
+	b, err := os.ReadFile(program)
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(s.Work, "bin", "criu-netlock"), b, 0o755); err != nil {
+		return err
+	}
+	n, err := s.NewNet(ctx, "bench")
+	if err != nil {
+		return err
+	}
+	defer n.Close(ctx)
+
+	ours := []string{testbed.BinDir + "/criu-netlock"}
+	rows := []struct {
+		name, lock           string
+		scripts              []string
+		locks, unlocks, ices []time.Duration
+	}{
+		{name: "no lock at all (`network-lock skip`)", lock: "skip"},
+		{name: "CRIU's, iptables (`iptables-nft`)", lock: "iptables"},
+		{name: "CRIU's, nftables", lock: "nftables"},
+		{name: "**criu-netlock** (`skip` + action script)", lock: "skip", scripts: ours},
+	}
+	for i := range rows {
+		r := &rows[i]
+		e := &testbed.CLI{Container: testbed.Container{S: s, Net: n, ID: "bench" + strconv.Itoa(i), Lock: r.lock, Scripts: r.scripts,
+			Argv: []string{testbed.BinDir + "/workload"}}}
+		if err := e.Start(ctx); err != nil {
+			return err
+		}
+		for d := range dumps + 1 {
+			if err := e.Dump(ctx, true); err != nil {
+				return errors.Join(err, e.Destroy(ctx))
+			}
+			log, err := e.Log()
+			if err != nil {
+				return err
+			}
+			lock, unlock, ice, err := readLog(log)
+			if err != nil {
+				return err
+			}
+			if d == 0 {
+				continue // the first one reads CRIU from the disk
+			}
+			r.locks, r.unlocks, r.ices = append(r.locks, lock), append(r.unlocks, unlock), append(r.ices, ice)
+		}
+		if err := e.Destroy(ctx); err != nil {
+			return err
+		}
+	}
+	fmt.Println("| in a real `criu dump --leave-running`, from CRIU's log | lock | unlock | freeze |\n|---|---|---|---|")
+	for _, r := range rows {
+		fmt.Printf("| %s | %s | %s | %s |\n", r.name, us(median(r.locks)), us(median(r.unlocks)), ms(median(r.ices)))
+	}
+	return nil
+}
+
+// readLog finds in a dump's log, whose lines begin with seconds in brackets, how
+// long the lock, the unlock and the whole freeze took. Lines without a time are
+// the hook's own.
+func readLog(log string) (lock, unlock, freeze time.Duration, err error) {
+	stamp := regexp.MustCompile(`^\((\d+\.\d+)\) *(.*)`)
+	var seized, locking, unlocking, thawed, locked time.Duration
+	for _, line := range strings.Split(log, "\n") {
+		m := stamp.FindStringSubmatch(line)
+		if m == nil {
+			continue
+		}
+		sec, err := strconv.ParseFloat(m[1], 64)
+		if err != nil {
+			return 0, 0, 0, err
+		}
+		at := time.Duration(sec * float64(time.Second))
+		switch {
+		case strings.HasPrefix(m[2], "Seized task") && seized == 0:
+			seized = at
+		case m[2] == "net: Lock network":
+			locking = at
+		case m[2] == "net: Unlock network":
+			unlocking = at
+		case strings.HasPrefix(m[2], "Unfreezing tasks"):
+			thawed = at
+		case locking != 0 && locked == 0 && !strings.Contains(m[2], "network-lock scripts"):
+			locked = at
+		}
+	}
+	if seized == 0 || locking == 0 || locked == 0 || unlocking == 0 || thawed == 0 {
+		return 0, 0, 0, errors.New("CRIU's log lacks a line that the measurement needs")
+	}
+	return locked - locking, thawed - unlocking, thawed - seized, nil
+}
