@@ -5,108 +5,217 @@ package iptables
 // by looking at it.
 
 import (
-	"bytes"
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
-	"os"
-	"slices"
+	"runtime"
 	"strings"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/criu-netlock/criu-netlock/netlock"
 	"github.com/criu-netlock/criu-netlock/nft/nfnl"
 )
 
-// family is ip or ip6.
+// family is ip or ip6: xtables knows no rule for both.
 type family struct {
-	v6       bool
-	prefix   string // of the commands' names
-	names    string // the legacy tables that the namespace has
-	sockFam  int
-	sockOpt  int // the level of the legacy get-options
-	nfproto  uint8
-	ourTwo   [2]string
-	required func() bool
+	v6      bool
+	name    string // as nft calls it
+	prefix  string // of the programs' names
+	proc    string // of the files in /proc/net
+	sockFam int
+	sockOpt int // the level of the legacy get-options
+	nfproto uint8
+	// where struct ipt_entry or ip6t_entry has target_offset; next_offset follows
+	targetAt int
 }
 
 func families() [2]family {
-	two := [2]string{chainIn, chainOut}
+	const net = "/proc/thread-self/net/"
 	return [2]family{
-		{false, "iptables", "/proc/thread-self/net/ip_tables_names", unix.AF_INET, unix.SOL_IP, unix.NFPROTO_IPV4, two, func() bool { return true }},
-		{true, "ip6tables", "/proc/thread-self/net/ip6_tables_names", unix.AF_INET6, unix.SOL_IPV6, unix.NFPROTO_IPV6, two, func() bool {
-			_, err := os.Stat("/proc/thread-self/net/if_inet6") // missing where the kernel has no IPv6
-			return err == nil
-		}},
+		{false, "ip", "iptables", net + "ip_tables_", unix.AF_INET, unix.SOL_IP, unix.NFPROTO_IPV4, 88},
+		{true, "ip6", "ip6tables", net + "ip6_tables_", unix.AF_INET6, unix.SOL_IPV6, unix.NFPROTO_IPV6, 140},
 	}
 }
 
+// hasIPv6 tells whether the calling thread's namespace knows IPv6 at all.
+func hasIPv6() (bool, error) {
+	err := unix.Access("/proc/thread-self/net/if_inet6", unix.F_OK)
+	if err == unix.ENOENT {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+// tableNames are where a lock can be, best first: raw comes before conntrack, which
+// a dropped packet must not move.
 var tableNames = [2]string{"raw", "filter"}
 
-// inLegacy returns the legacy tables of a family that have a chain of ours.
-func inLegacy(f family) ([]string, error) {
-	b, err := os.ReadFile(f.names)
-	if err != nil {
-		if os.IsNotExist(err) {
-			return nil, nil // the kernel has no legacy iptables
+// spot is one table of one family in one variant.
+type spot struct {
+	v    Variant
+	fam  int // index of families()
+	name string
+}
+
+// sight is what the kernel shows of us in a spot.
+type sight struct {
+	spot
+	// uses counts the rules in each of our chains and the jumps to it; -1 for a
+	// chain that is not there.
+	uses [2]int
+	// dead says why nothing in the table takes effect, though iptables prints it as
+	// it prints any other.
+	dead string
+}
+
+// exact tells whether there are as many rules and jumps as a lock has.
+func (s sight) exact(allow []netlock.Rule) bool {
+	for i, chain := range [2]string{chainIn, chainOut} {
+		want := len(specs(chain, families()[s.fam].v6, allow)) + 1
+		for _, h := range hooks(s.name) {
+			if h[1] == chain {
+				want++
+			}
 		}
-		return nil, err
+		if s.uses[i] != want {
+			return false
+		}
 	}
-	var out []string
-	for _, name := range strings.Fields(string(b)) {
-		if !slices.Contains(tableNames[:], name) {
-			continue
-		}
-		entries, err := legacyEntries(f, name)
+	return s.dead == ""
+}
+
+// detect finds every spot where something of ours is.
+func detect(ctx context.Context) ([]sight, error) {
+	out, err := detectLegacy()
+	if err != nil {
+		return nil, fmt.Errorf("read legacy tables: %w", err)
+	}
+	more, err := detectNFT(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("read chains of nf_tables: %w", err)
+	}
+	return append(out, more...), nil
+}
+
+func detectLegacy() (out []sight, err error) {
+	for i, f := range families() {
+		names, err := f.lines("names")
 		if err != nil {
-			return nil, fmt.Errorf("read legacy table %s: %w", name, err)
+			return nil, err
 		}
-		if bytes.Contains(entries, []byte(chainIn)) || bytes.Contains(entries, []byte(chainOut)) {
-			out = append(out, name)
+		for _, name := range tableNames {
+			if !strings.Contains(names, "\n"+name+"\n") {
+				continue
+			}
+			entries, err := f.legacyEntries(name)
+			if err != nil {
+				return nil, fmt.Errorf("%s table %s: %w", f.name, name, err)
+			}
+			s := sight{spot: spot{Legacy, i, name}}
+			if s.uses = f.countUses(entries); s.uses != [2]int{-1, -1} {
+				out = append(out, s)
+			}
 		}
 	}
 	return out, nil
+}
+
+// lines reads one of a family's files in /proc/net, with a newline before and after
+// each line; it is empty where the kernel has no such file.
+func (f family) lines(file string) (string, error) {
+	fd, err := unix.Open(f.proc+file, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err == unix.ENOENT {
+		return "", nil
+	}
+	if err != nil {
+		return "", fmt.Errorf("%s: %w", f.proc+file, err)
+	}
+	defer unix.Close(fd)
+	out := []byte("\n")
+	var buf [1024]byte
+	for {
+		n, err := unix.Read(fd, buf[:])
+		if err != nil {
+			return "", fmt.Errorf("%s: %w", f.proc+file, err)
+		}
+		if n <= 0 {
+			return string(out), nil
+		}
+		out = append(out, buf[:n]...)
+	}
 }
 
 // Options of getsockopt, the same in linux/netfilter_ipv4/ip_tables.h and ip6_tables.h.
 const (
 	soGetInfo    = 64
 	soGetEntries = 65
+	nameLen      = 32
 )
 
-// legacyEntries reads a table as the kernel has it: a chain's name stands in its
-// first entry, as the name of an error target.
-func legacyEntries(f family, name string) ([]byte, error) {
-	fd, err := unix.Socket(f.sockFam, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+func (f family) socket() (int, error) {
+	return unix.Socket(f.sockFam, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+}
+
+func (f family) get(fd, opt int, b []byte) error {
+	n := uint32(len(b))
+	_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), uintptr(f.sockOpt), uintptr(opt),
+		uintptr(unsafe.Pointer(&b[0])), uintptr(unsafe.Pointer(&n)), 0)
+	if errno != 0 {
+		return errno
+	}
+	return nil
+}
+
+// legacySize asks for the size of a table's entries. It makes the table if the
+// kernel knows it and it is not there yet.
+func (f family) legacySize(fd int, name string) (uint32, error) {
+	// struct ipt_getinfo: name[32], valid_hooks, hook_entry[5], underflow[5], num_entries, size.
+	info := make([]byte, nameLen+13*4)
+	copy(info[:nameLen-1], name)
+	if err := f.get(fd, soGetInfo, info); err != nil {
+		return 0, err
+	}
+	return binary.NativeEndian.Uint32(info[len(info)-4:]), nil
+}
+
+// legacyTable is the kernel's own word on whether it has a table.
+func (f family) legacyTable(name string) error {
+	fd, err := f.socket()
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	_, err = f.legacySize(fd, name)
+	return err
+}
+
+// legacyEntries reads a table as the kernel has it.
+func (f family) legacyEntries(name string) ([]byte, error) {
+	fd, err := f.socket()
 	if err != nil {
 		return nil, err
 	}
 	defer unix.Close(fd)
-	get := func(opt int, b []byte) error {
-		n := uint32(len(b))
-		_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), uintptr(f.sockOpt), uintptr(opt),
-			uintptr(unsafe.Pointer(&b[0])), uintptr(unsafe.Pointer(&n)), 0)
-		if errno != 0 {
-			return errno
-		}
-		return nil
+	// struct ipt_get_entries: name[32], size, and the entries, aligned as C aligns a
+	// 64-bit number.
+	at := nameLen + 8
+	if runtime.GOARCH == "386" {
+		at = nameLen + 4
 	}
 	for range 16 {
-		// struct ipt_getinfo: name[32], valid_hooks, hook_entry[5], underflow[5], num_entries, size.
-		info := make([]byte, 84)
-		copy(info, name)
-		if err := get(soGetInfo, info); err != nil {
+		size, err := f.legacySize(fd, name)
+		if err != nil {
 			return nil, err
 		}
-		// struct ipt_get_entries: name[32], size, and at the next multiple of 8 the entries.
-		size := binary.NativeEndian.Uint32(info[80:])
-		b := make([]byte, 40+int(size))
-		copy(b, name)
-		binary.NativeEndian.PutUint32(b[32:], size)
-		switch err := get(soGetEntries, b); err {
+		b := make([]byte, at+int(size))
+		copy(b[:nameLen-1], name)
+		binary.NativeEndian.PutUint32(b[nameLen:], size)
+		switch err := f.get(fd, soGetEntries, b); err {
 		case nil:
-			return b[40:], nil
+			return b[at:], nil
 		case unix.EAGAIN: // the table changed its size in between
 		default:
 			return nil, err
@@ -115,48 +224,190 @@ func legacyEntries(f family, name string) ([]byte, error) {
 	return nil, unix.EAGAIN
 }
 
-// inNFT returns, for ip and ip6, the tables of iptables-nft that have a chain of ours.
-func inNFT(ctx context.Context) (out [2][]string, err error) {
-	conn, err := nfnl.Dial()
-	if err != nil {
-		return out, nil // the kernel has no nfnetlink
-	}
-	defer conn.Close()
-	tables, err := conn.Ask(ctx, nfnl.Request{Cmd: unix.NFT_MSG_GETTABLE, Dump: true})
-	if err != nil {
-		return out, err
-	}
-	switch tables[0].Errno {
-	case 0:
-	case unix.EINVAL, unix.EOPNOTSUPP: // the kernel has no nf_tables
-		return out, nil
-	default:
-		return out, tables[0].Errno
-	}
-	for i, f := range families() {
-		for _, o := range tables[0].Objects {
-			name := ""
-			nfnl.Walk(o.Attrs, func(typ uint16, b []byte) {
-				if typ == unix.NFTA_TABLE_NAME {
-					name = nfnl.Str(b)
+// countUses walks the entries of a table. A user's chain begins with an entry whose
+// target is ERROR and bears the chain's name, and ends with one that returns; a jump
+// is a standard target whose verdict is the offset of the chain's first rule.
+func (f family) countUses(blob []byte) (uses [2]int) {
+	const (
+		nameAt  = 2  // in struct xt_entry_target
+		valueAt = 32 // behind it: a verdict, or a chain's name
+	)
+	verdicts := map[int]int{}
+	first := [2]int{-1, -1}
+	uses = first
+	current := -1
+	for off := 0; off+f.targetAt+4 <= len(blob); {
+		target := off + int(binary.NativeEndian.Uint16(blob[off+f.targetAt:]))
+		next := off + int(binary.NativeEndian.Uint16(blob[off+f.targetAt+2:]))
+		if next <= off || next > len(blob) || target+valueAt+4 > next {
+			break
+		}
+		if current >= 0 {
+			uses[current]++
+		}
+		switch nfnl.Str(blob[target+nameAt : target+valueAt]) {
+		case "ERROR":
+			if current >= 0 {
+				uses[current] -= 2 // this entry, and the one that ends the chain
+			}
+			current = -1
+			for i, c := range [2]string{chainIn, chainOut} {
+				if nfnl.Str(blob[target+valueAt:next]) == c {
+					current, first[i], uses[i] = i, next, 0
 				}
-			})
-			if o.Family != f.nfproto || !slices.Contains(tableNames[:], name) {
-				continue
 			}
-			var reqs []nfnl.Request
-			for _, c := range f.ourTwo {
-				reqs = append(reqs, nfnl.Request{Cmd: unix.NFT_MSG_GETCHAIN, Family: f.nfproto,
-					Attrs: nfnl.AttrString(nfnl.AttrString(nil, unix.NFTA_CHAIN_TABLE, name), unix.NFTA_CHAIN_NAME, c)})
-			}
-			chains, err := conn.Ask(ctx, reqs...)
-			if err != nil {
-				return out, err
-			}
-			if len(chains[0].Objects)+len(chains[1].Objects) > 0 {
-				out[i] = append(out[i], name)
+		case "":
+			if v := int32(binary.NativeEndian.Uint32(blob[target+valueAt:])); v > 0 {
+				verdicts[int(v)]++
 			}
 		}
+		off = next
+	}
+	for i := range uses {
+		if first[i] >= 0 {
+			uses[i] += verdicts[first[i]]
+		}
+	}
+	return uses
+}
+
+// detectNFT asks nf_tables for each of our chains by name, which costs the same
+// however many rules there are.
+func detectNFT(ctx context.Context) ([]sight, error) {
+	conn, err := nfnl.Dial()
+	if errors.Is(err, unix.EPROTONOSUPPORT) || errors.Is(err, unix.EAFNOSUPPORT) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close()
+	var (
+		spots [4]sight
+		reqs  []nfnl.Request
+	)
+	for i := range spots {
+		spots[i] = sight{spot: spot{NFT, i / 2, tableNames[i%2]}, uses: [2]int{-1, -1}}
+		for _, c := range [2]string{chainIn, chainOut} {
+			reqs = append(reqs, spots[i].ask(unix.NFT_MSG_GETCHAIN, unix.NFTA_CHAIN_TABLE, unix.NFTA_CHAIN_NAME, c))
+		}
+	}
+	ans, err := conn.Ask(ctx, reqs...)
+	if err != nil {
+		return nil, err
+	}
+	var out []sight
+	for i, p := range spots {
+		found := false
+		for j, a := range ans[2*i : 2*i+2] {
+			switch a.Errno {
+			case 0:
+			case unix.ENOENT:
+				continue
+			case unix.EINVAL, unix.EOPNOTSUPP: // what a kernel without nf_tables says
+				return nil, nil
+			default:
+				return nil, a.Errno
+			}
+			for _, o := range a.Objects {
+				found = true
+				nfnl.Walk(o.Attrs, func(typ uint16, b []byte) {
+					if typ == unix.NFTA_CHAIN_USE {
+						p.uses[j] = int(nfnl.U32(b))
+					}
+				})
+			}
+		}
+		if !found {
+			continue
+		}
+		if p.dead, err = deadTable(ctx, conn, p.spot); err != nil {
+			return nil, err
+		}
+		out = append(out, p)
 	}
 	return out, nil
+}
+
+// ask makes a request about a thing in the spot's table.
+func (p spot) ask(cmd uint8, tableAttr, nameAttr uint16, name string) nfnl.Request {
+	r := nfnl.Request{Cmd: cmd, Family: families()[p.fam].nfproto, Attrs: nfnl.AttrString(nil, tableAttr, p.name)}
+	if nameAttr != 0 {
+		r.Attrs = nfnl.AttrString(r.Attrs, nameAttr, name)
+	}
+	return r
+}
+
+// builtins are the base chains from which ours are called, with their hooks.
+func builtins(table string) (names []string, hook map[string]uint32, priority int32) {
+	hook = map[string]uint32{
+		"PREROUTING": unix.NF_INET_PRE_ROUTING, "INPUT": unix.NF_INET_LOCAL_IN,
+		"FORWARD": unix.NF_INET_FORWARD, "OUTPUT": unix.NF_INET_LOCAL_OUT,
+	}
+	for _, h := range hooks(table) {
+		names = append(names, h[0])
+	}
+	if table == "raw" {
+		priority = -300 // NF_IP_PRI_RAW
+	}
+	return names, hook, priority
+}
+
+// deadTable says why a table of nf_tables stops nothing, though iptables-nft prints
+// it as it prints any other.
+func deadTable(ctx context.Context, conn *nfnl.Conn, p spot) (string, error) {
+	names, hook, priority := builtins(p.name)
+	reqs := []nfnl.Request{p.ask(unix.NFT_MSG_GETTABLE, unix.NFTA_TABLE_NAME, 0, "")}
+	for _, n := range names {
+		reqs = append(reqs, p.ask(unix.NFT_MSG_GETCHAIN, unix.NFTA_CHAIN_TABLE, unix.NFTA_CHAIN_NAME, n))
+	}
+	ans, err := conn.Ask(ctx, reqs...)
+	if err != nil {
+		return "", err
+	}
+	why := ""
+	for _, o := range ans[0].Objects {
+		nfnl.Walk(o.Attrs, func(typ uint16, b []byte) {
+			if typ == unix.NFTA_TABLE_FLAGS && nfnl.U32(b)&1 != 0 { // NFT_TABLE_F_DORMANT
+				why = "is dormant"
+			}
+		})
+	}
+	for i, a := range ans[1:] {
+		num, prio := ^uint32(0), int32(0)
+		for _, o := range a.Objects {
+			nfnl.Walk(o.Attrs, func(typ uint16, b []byte) {
+				if typ == unix.NFTA_CHAIN_HOOK {
+					nfnl.Walk(b, func(typ uint16, b []byte) {
+						switch typ {
+						case unix.NFTA_HOOK_HOOKNUM:
+							num = nfnl.U32(b)
+						case unix.NFTA_HOOK_PRIORITY:
+							prio = int32(nfnl.U32(b))
+						}
+					})
+				}
+			})
+		}
+		if why == "" && (num != hook[names[i]] || prio != priority) {
+			why = "has a chain " + names[i] + " that is not hooked where it belongs"
+		}
+	}
+	return why, nil
+}
+
+// missingMatch names a match that every lock needs and the kernel has not got; "" if
+// it has them all, or does not say. To be asked after a refusal: it is iptables'
+// asking that loads a match's module.
+func (f family) missingMatch() string {
+	have, err := f.lines("matches")
+	if err != nil || have == "" {
+		return ""
+	}
+	for _, name := range []string{"mark", "comment"} {
+		if !strings.Contains(have, "\n"+name+"\n") {
+			return name
+		}
+	}
+	return ""
 }

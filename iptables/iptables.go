@@ -9,13 +9,15 @@
 //     uses one, Unlock and State look in both.
 //   - The first use makes a table that the kernel keeps, empty, after Unlock.
 //   - In table filter a dropped packet has already moved its conntrack entry.
+//   - Legacy programs take turns by /run/xtables.lock, which is a different file in
+//     another mount namespace. What was changed under our hands is done again.
 package iptables
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"slices"
 	"strings"
 	"time"
@@ -43,12 +45,19 @@ const (
 // Backend is a netlock.Backend on iptables.
 type Backend struct {
 	variant Variant
-	run     runner
 	now     func() time.Time
+	// What reaches the machine; tests put something else in.
+	run  runner
+	find func(v Variant, f family, verb string) (string, error)
+	ipv6 func() (bool, error)
+	// table is what the kernel says of a legacy table.
+	table func(f family, name string) error
 }
 
 // New returns a backend that locks with one variant. It touches nothing.
-func New(v Variant) *Backend { return &Backend{variant: v, run: runCommand, now: time.Now} }
+func New(v Variant) *Backend {
+	return &Backend{variant: v, now: time.Now, run: runCommand, find: findTool, ipv6: hasIPv6, table: family.legacyTable}
+}
 
 var _ netlock.Backend = (*Backend)(nil)
 
@@ -61,179 +70,252 @@ type session struct {
 	b   *Backend
 	ns  *netlock.Namespace
 	o   netlock.Options
+	// fams is how many of families() the namespace has: IPv4, or both.
+	fams    int
+	comment string
+	// put are the spots where this call put a lock, or may have.
+	put []spot
+	// useless are the tables that refuse a lock, or in which it has no effect.
+	useless map[spot]bool
 }
 
 func (b *Backend) in(ctx context.Context, ns *netlock.Namespace, o netlock.Options, f func(*session) error) error {
 	return ns.Do(func() error {
-		s := &session{ctx, b, ns, o}
-		if err := ctx.Err(); err != nil {
-			return s.fail(Name, "start", err)
+		s := &session{ctx: ctx, b: b, ns: ns, o: o, fams: 1, comment: comment(b.now(), o.Caller), useless: map[spot]bool{}}
+		if err := s.ended("start"); err != nil {
+			return err
+		}
+		has, err := b.ipv6()
+		if err != nil {
+			return s.fail(b.variant, "look for IPv6", err)
+		}
+		if has {
+			s.fams = 2
 		}
 		return f(s)
 	})
 }
 
-func full(v Variant) string { return Name + "-" + string(v) }
+// full is a variant's name in a Result or a State.
+func full(v Variant) string {
+	if v == Auto {
+		return Name
+	}
+	return Name + "-" + string(v)
+}
 
-func (s *session) fail(backend, op string, err error) error {
+func (s *session) fail(v Variant, op string, err error) error {
 	if errors.As(err, new(*netlock.Error)) {
 		return err
 	}
-	e := &netlock.Error{Kind: netlock.KindOther, Op: op, Namespace: s.ns.String(), Backend: backend, Err: err}
-	var tool *toolError
+	e := &netlock.Error{Kind: netlock.KindOther, Op: op, Namespace: s.ns.String(), Backend: full(v), Err: err}
 	switch {
 	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
-		e.Kind, e.Hint = netlock.KindDeadline, "nothing is left of it; raise the timeout"
-	case errors.As(err, &tool) && tool.busy():
-		e.Kind, e.Hint = netlock.KindDeadline, "another program holds /run/xtables.lock"
-	case !netlock.HasCapability(unix.CAP_NET_ADMIN):
+		e.Kind, e.Hint = netlock.KindDeadline, "raise the timeout"
+	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
 		e.Kind, e.Hint = netlock.KindPrivilege, netlock.MissingCapability(unix.CAP_NET_ADMIN)
-	case backend == full(Legacy) && !netlock.HasCapability(unix.CAP_NET_RAW):
-		e.Kind, e.Hint = netlock.KindPrivilege, netlock.MissingCapability(unix.CAP_NET_RAW)
-	case errors.As(err, &tool) && tool.unsupported():
-		e.Kind, e.Hint = netlock.KindNoBackend, "the kernel lacks a table or a match of iptables"
-		e.Err = fmt.Errorf("%w: %w", netlock.ErrUnsupported, err)
+	case errors.Is(err, netlock.ErrUnsupported):
+		e.Kind, e.Hint = netlock.KindNoBackend, "install the package iptables"
 	}
 	return e
 }
 
-// place is one table of one family in one variant that has something of ours.
-type place struct {
-	v   Variant
-	fam int // index of families()
-	table
+// ended is the error of a context that is over.
+func (s *session) ended(op string) error {
+	if err := s.ctx.Err(); err != nil {
+		return s.fail(s.b.variant, op, err)
+	}
+	return nil
 }
 
-// look finds everything of ours, in both variants. Where there is nothing it starts
-// no process.
-func (s *session) look() ([]place, error) {
-	var out []place
-	var hits [2][2][]string // by variant, by family
-	fams := families()
-	for i, f := range fams {
-		names, err := inLegacy(f)
-		if err != nil {
-			return nil, s.fail(full(Legacy), "look", err)
-		}
-		hits[0][i] = names
+// join makes one error, of the first one's kind, of several.
+func (s *session) join(op string, errs ...error) error {
+	errs = slices.DeleteFunc(errs, func(err error) bool { return err == nil })
+	if len(errs) < 2 {
+		return errors.Join(errs...)
 	}
-	names, err := inNFT(s.ctx)
+	sum := &netlock.Error{Kind: netlock.KindOf(errs[0]), Op: op, Namespace: s.ns.String(), Backend: full(s.b.variant)}
+	for _, err := range errs {
+		var e *netlock.Error
+		if errors.As(err, &e) {
+			sum.Hint = cmp.Or(sum.Hint, e.Hint)
+			err = fmt.Errorf("%s: %w", e.Op, e.Err)
+		}
+		if sum.Err == nil {
+			sum.Err = err
+		} else if !strings.Contains(sum.Err.Error(), err.Error()) {
+			sum.Err = fmt.Errorf("%w, %w", sum.Err, err)
+		}
+	}
+	return sum
+}
+
+// tool runs one of iptables' programs on a table.
+func (s *session) tool(at spot, op, verb, stdin string, args ...string) (string, error) {
+	f := families()[at.fam]
+	path, err := s.b.find(at.v, f, verb)
 	if err != nil {
-		return nil, s.fail(full(NFT), "look", err)
+		return "", s.fail(at.v, op, err)
 	}
-	hits[1] = names
-	for vi, v := range []Variant{Legacy, NFT} {
-		for i, f := range fams {
-			for _, name := range hits[vi][i] {
-				t, err := s.read(v, f, name)
-				if err != nil {
-					return nil, err
-				}
-				if t.found() {
-					out = append(out, place{v, i, t})
-				}
-			}
+	out, err := s.b.run(s.ctx, path, stdin, args...)
+	var tool *toolError
+	if !errors.As(err, &tool) {
+		if err != nil {
+			err = s.fail(at.v, op, err)
 		}
+		return out, err
+	}
+	v := tool.diagnose(at.v, machine{
+		table: func() error { return s.b.table(f, at.name) },
+		has:   netlock.HasCapability,
+		match: f.missingMatch(),
+	})
+	if v.is != nil {
+		err = fmt.Errorf("%w: %w", v.is, err)
+	}
+	return "", &netlock.Error{Kind: v.kind, Op: op, Namespace: s.ns.String(), Backend: full(at.v), Err: err, Hint: v.hint}
+}
+
+// restore feeds commits to iptables-restore.
+func (s *session) restore(at spot, op, input string) error {
+	_, err := s.tool(at, op, "restore", input, "-w", waitSeconds(s.ctx), "--noflush")
+	return err
+}
+
+// place is a sight and what iptables-save says of it.
+type place struct {
+	sight
+	table
+	view
+	err error // it could not be read
+}
+
+func (s *session) detect() ([]sight, error) {
+	out, err := detect(s.ctx)
+	if err != nil {
+		return nil, s.fail(s.b.variant, "look for locks", err)
 	}
 	return out, nil
 }
 
-// read runs iptables-save on one table that is there.
-func (s *session) read(v Variant, f family, name string) (table, error) {
-	tool := f.prefix + "-" + string(v) + "-save"
-	text, err := s.b.run(s.ctx, tool, "", "-c", "-t", name)
+// look finds everything of ours, in both variants. Where there is nothing it starts
+// no process. A place that cannot be read is among the places and in the error.
+func (s *session) look() (out []place, err error) {
+	sights, err := s.detect()
 	if err != nil {
-		return table{}, s.fail(full(v), tool, err)
+		return nil, err
 	}
-	for _, t := range parseSave(text) {
-		if t.name == name {
-			return t, nil
+	var errs []error
+	for _, at := range sights {
+		p := place{sight: at}
+		f := families()[at.fam]
+		op := "read " + f.name + " table " + at.spot.name
+		text, err := s.tool(at.spot, op, "save", "", "-c", "-t", at.spot.name)
+		if err == nil {
+			for _, t := range parseSave(text) {
+				if t.name == at.spot.name {
+					p.table = t
+				}
+			}
+			if !p.found() {
+				err = s.fail(at.v, op, fmt.Errorf("%w: iptables-save does not show what is there", errChanged))
+			}
 		}
+		if err != nil {
+			p.view.why, p.err = "table "+at.spot.name+" cannot be read", err
+			errs = append(errs, present(err))
+		} else {
+			p.view = p.judge(f.v6, s.o.Allow, at.dead)
+		}
+		out = append(out, p)
 	}
-	return table{name: name}, nil
+	return out, s.join("read", errs...)
 }
 
-// restore feeds one commit to iptables-restore.
-func (s *session) restore(ctx context.Context, v Variant, f family, input string) error {
-	tool := f.prefix + "-" + string(v) + "-restore"
-	// -w bounded: without it, or without a number, legacy waits for ever.
-	seconds := 1
-	if d, ok := ctx.Deadline(); ok {
-		seconds = max(1, int(time.Until(d).Seconds()))
+// present takes ErrUnsupported out of an error: what is there and cannot be dealt
+// with is no backend that has nothing to do.
+func present(err error) error {
+	var e *netlock.Error
+	if errors.Is(err, netlock.ErrUnsupported) && errors.As(err, &e) {
+		plain := *e
+		plain.Err = errors.New(e.Err.Error())
+		return &plain
 	}
-	_, err := s.b.run(ctx, tool, input, "-w", fmt.Sprint(seconds), "--noflush")
 	return err
 }
 
-// summary is what the places add up to, for the lock that variant v would make; any
-// variant if v is Auto.
+// summary is what the places add up to.
 func (s *session) summary(ps []place) (st netlock.State) {
 	if len(ps) == 0 {
 		return st
 	}
-	st = netlock.State{Found: true, Backend: full(ps[0].v), Locked: true, Intact: true}
+	st = netlock.State{Found: true, Locked: true, Intact: true}
 	blame := func(why string) {
 		st.Intact = false
-		if st.Why == "" {
-			st.Why = why
-		}
+		st.Why = cmp.Or(st.Why, why)
 	}
-	// A packet is stopped if any variant stops it.
-	var drops [2]bool
-	var perFamily [2]int
-	fams := families()
+	var drops [2]bool // a packet is stopped if either variant stops it
+	var seen [2]int
+	named := false // by a variant that locks
 	for _, p := range ps {
-		v := p.judge(fams[p.fam].v6, s.o.Allow)
-		drops[p.fam] = drops[p.fam] || v.locks
-		perFamily[p.fam]++
-		if v.why != "" {
-			blame(fams[p.fam].prefix + " " + v.why)
+		drops[p.fam] = drops[p.fam] || p.locks
+		seen[p.fam]++
+		if st.Backend == "" || p.locks && !named {
+			st.Backend, named = full(p.v), p.locks
 		}
 		if p.v != ps[0].v {
 			blame("both variants have a lock")
 		}
-		st.DroppedIn += v.in
-		st.DroppedOut += v.out
+		if p.why != "" {
+			blame(families()[p.fam].prefix + " " + p.why)
+		}
+		st.DroppedIn += p.in
+		st.DroppedOut += p.out
 		if st.Since.IsZero() {
-			st.Since, st.Caller = v.since, v.caller
+			st.Since, st.Caller = p.since, p.caller
 		}
 	}
-	for i, f := range fams {
+	for i, f := range families() {
+		if i >= s.fams {
+			break
+		}
+		st.Locked = st.Locked && drops[i]
 		switch {
-		case f.required() && !drops[i]:
-			st.Locked = false
+		case seen[i] == 0:
 			blame(f.prefix + " has no lock")
-		case perFamily[i] > 1:
+		case seen[i] > 1:
 			blame(f.prefix + " has two locks")
 		}
 	}
 	return st
 }
 
+// tries bounds how often an operation begins anew because the rules changed
+// between the look and the commit.
+const tries = 8
+
+func again(err error, try int) bool { return errors.Is(err, errChanged) && try < tries }
+
 // Lock makes sure that exactly one lock is in force, in both families.
 func (b *Backend) Lock(ctx context.Context, ns *netlock.Namespace, o netlock.Options) (res netlock.Result, err error) {
 	err = b.in(ctx, ns, o, func(s *session) error {
-		ps, err := s.look()
-		if err != nil {
-			return err
+		by := []Variant{b.variant}
+		if b.variant == Auto {
+			by = []Variant{Legacy, NFT}
 		}
-		if st := s.summary(ps); st.Intact && (b.variant == Auto || st.Backend == full(b.variant)) {
-			res = netlock.Result{Backend: st.Backend, Already: true}
-			return nil
+		var unsupported []error
+		for _, v := range by {
+			res, err = s.lock(v)
+			if err == nil {
+				return nil
+			}
+			if err = s.undo(err); !errors.Is(err, netlock.ErrUnsupported) {
+				return err
+			}
+			unsupported = append(unsupported, err)
+			s.put = nil
 		}
-		v := b.variant
-		if v == Auto {
-			v = Legacy
-		}
-		err = s.lock(v, ps)
-		if b.variant == Auto && errors.Is(err, netlock.ErrUnsupported) {
-			v = NFT
-			err = s.lock(v, ps)
-		}
-		if err == nil {
-			res = netlock.Result{Backend: full(v)}
-		}
-		return err
+		return s.join("lock", unsupported...)
 	})
 	if err != nil {
 		return netlock.Result{}, err
@@ -241,116 +323,212 @@ func (b *Backend) Lock(ctx context.Context, ns *netlock.Namespace, o netlock.Opt
 	return res, nil
 }
 
-// lock puts a lock of variant v in, and then removes everything else of ours.
-func (s *session) lock(v Variant, before []place) error {
-	for _, tool := range []string{"iptables", "ip6tables"} {
-		for _, what := range []string{"restore", "save"} {
-			if name := tool + "-" + string(v) + "-" + what; findTool(name) == "" {
-				return &netlock.Error{Kind: netlock.KindNoBackend, Op: "lock", Namespace: s.ns.String(), Backend: full(v),
-					Err: fmt.Errorf("%w: there is no %s", netlock.ErrUnsupported, name), Hint: "install the package iptables"}
-			}
+// lock puts a lock of variant v in, unless an intact one is there, and then removes
+// everything else of ours.
+func (s *session) lock(v Variant) (res netlock.Result, err error) {
+	for try := 1; ; try++ {
+		if err := s.ended("lock"); err != nil {
+			return res, err
 		}
-	}
-	var made [2]string // the table of each family
-	for i, f := range families() {
-		if !f.required() {
+		ps, err := s.look()
+		if again(err, try) {
 			continue
 		}
-		var err error
-		if made[i], err = s.lockFamily(v, i, f, before); err != nil {
-			return s.undo(before, s.fail(full(v), f.prefix+"-restore", err))
+		if err != nil {
+			return res, err
+		}
+		if by, rest, ok := s.intact(v, ps); ok {
+			if err := s.remove(rest); again(err, try) {
+				continue
+			} else if err != nil {
+				return res, err
+			}
+			return netlock.Result{Backend: full(by), Already: len(s.put) == 0}, s.ended("lock")
+		}
+		err = s.complete(v, ps)
+		// Where nothing is there a refusal has another reason than somebody's change.
+		if again(err, try) && (try == 1 || len(ps) > 0) {
+			continue
+		}
+		if err != nil {
+			return res, err
+		}
+		switch alone, err := s.alone(); {
+		case err != nil:
+			return res, err
+		case alone:
+			return netlock.Result{Backend: full(v)}, s.ended("lock")
+		case try == tries:
+			return res, s.fail(v, "lock", errors.New("somebody keeps changing the lock"))
 		}
 	}
-	after, err := s.look()
-	if err == nil {
-		rest := slices.DeleteFunc(after, func(p place) bool { return p.v == v && p.name == made[p.fam] })
-		err = s.remove(s.ctx, rest)
+}
+
+// intact looks for an intact lock of v, in all families, and returns what is there
+// beside it. With Auto either variant's will do.
+func (s *session) intact(v Variant, ps []place) (by Variant, rest []place, ok bool) {
+	by = v
+	candidates := []Variant{v}
+	if s.b.variant == Auto {
+		candidates = []Variant{Legacy, NFT}
 	}
-	if err == nil {
-		err = s.ctx.Err()
+	for _, by = range candidates {
+		rest = nil
+		var seen [2]bool
+		for _, p := range ps {
+			if p.v == by && p.why == "" && !seen[p.fam] {
+				seen[p.fam] = true
+			} else {
+				rest = append(rest, p)
+			}
+		}
+		if seen[0] && (seen[1] || s.fams == 1) {
+			return by, rest, true
+		}
 	}
-	if err != nil {
-		return s.undo(before, s.fail(full(v), "lock", err))
+	return by, nil, false
+}
+
+// complete puts a lock into every family that has no intact one of v.
+func (s *session) complete(v Variant, ps []place) error {
+	for i := range s.fams {
+		if slices.ContainsFunc(ps, func(p place) bool { return p.v == v && p.fam == i && p.why == "" }) {
+			continue
+		}
+		if err := s.lockFamily(v, i, ps); err != nil {
+			return err
+		}
+		if err := s.ended("lock"); err != nil {
+			return err
+		}
 	}
 	return nil
 }
 
-// lockFamily tries table raw, and filter where there is no raw.
-func (s *session) lockFamily(v Variant, fam int, f family, before []place) (name string, err error) {
-	for _, name = range tableNames {
+// lockFamily puts a lock into the best table that takes one.
+func (s *session) lockFamily(v Variant, fam int, ps []place) error {
+	f := families()[fam]
+	var refusals []error
+	for _, name := range tableNames {
+		at := spot{v, fam, name}
+		if s.useless[at] {
+			continue
+		}
 		t := table{name: name}
-		for _, p := range before {
-			if p.v == v && p.fam == fam && p.name == name {
+		for _, p := range ps {
+			if p.spot == at {
 				t = p.table
 			}
 		}
-		err = s.restore(s.ctx, v, f, t.lockInput(f.v6, s.o, s.b.now()))
-		var tool *toolError
-		if err == nil || !errors.As(err, &tool) || !tool.unsupported() {
-			return name, err
+		err := s.restore(at, "lock "+f.name+" table "+name, t.lockInput(f.v6, s.o.Allow, s.comment))
+		if err == nil || s.ctx.Err() != nil {
+			s.put = append(s.put, at) // after the deadline: it may be there
+			return err
 		}
+		if !errors.Is(err, errNoTable) {
+			return err
+		}
+		s.useless[at] = true
+		refusals = append(refusals, err)
 	}
-	return name, err
+	if len(refusals) == 0 {
+		return s.fail(v, "lock "+f.name, errors.New("a lock has no effect in table raw or filter"))
+	}
+	err := s.join("lock "+f.name, refusals...)
+	var e *netlock.Error
+	if netlock.KindOf(err) == netlock.KindNoBackend && errors.As(err, &e) {
+		e.Err, e.Hint = fmt.Errorf("%w: %w", netlock.ErrUnsupported, e.Err), "the kernel has neither table raw nor table filter"
+	}
+	return err
 }
 
-// undo removes what a failed lock left. A lock that was there before and was whole
-// for a family is not put back: the caller hears that there is none.
-func (s *session) undo(before []place, cause error) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(s.ctx), netlock.UndoTime)
-	defer cancel()
-	late := &session{ctx, s.b, s.ns, s.o}
-	ps, err := late.look()
-	if err == nil {
-		err = late.remove(ctx, ps)
+// alone looks whether the lock that this call made is all that is there: somebody
+// else may have locked at the same time, or the table may stop nothing.
+func (s *session) alone() (bool, error) {
+	sights, err := s.detect()
+	if err != nil {
+		return false, err
 	}
-	if err == nil {
+	ok := len(sights) == s.fams && len(s.put) == s.fams
+	for _, at := range sights {
+		if at.dead != "" {
+			s.useless[at.spot] = true
+		}
+		ok = ok && slices.Contains(s.put, at.spot) && at.exact(s.o.Allow)
+	}
+	return ok, nil
+}
+
+// undo takes back what this call put in, after cause, within a time of its own.
+// What was there before and was not replaced stays.
+func (s *session) undo(cause error) error {
+	if len(s.put) == 0 {
 		return cause
 	}
-	return fmt.Errorf("%w; and the lock could not be taken back: %w", cause, err)
+	was := s.ctx
+	var cancel context.CancelFunc
+	s.ctx, cancel = context.WithTimeout(context.WithoutCancel(was), netlock.UndoTime)
+	defer func() { cancel(); s.ctx = was }()
+	_, err := s.sweep(func(p place) bool {
+		return slices.Contains(s.put, p.spot) && (p.err != nil || p.view.comment == s.comment)
+	})
+	if err != nil {
+		return fmt.Errorf("%w; and the lock could not be taken back: %w", cause, err)
+	}
+	return cause
 }
 
-// remove takes everything of ours out of the places.
-func (s *session) remove(ctx context.Context, ps []place) error {
-	fams := families()
-	var errs []error
-	for _, p := range ps {
-		if err := s.restore(ctx, p.v, fams[p.fam], p.unlockInput()); err != nil {
-			// Somebody else may have been faster: what counts is what is left.
-			errs = append(errs, s.fail(full(p.v), fams[p.fam].prefix+"-restore", err))
+// sweep removes what it is to remove, again until no commit met other rules than it
+// was made for. It returns what the first look saw.
+func (s *session) sweep(which func(place) bool) (st netlock.State, err error) {
+	for try := 1; ; try++ {
+		ps, err := s.look()
+		if try == 1 {
+			st = s.summary(ps)
+		}
+		var mine []place
+		for _, p := range ps {
+			if which(p) {
+				mine = append(mine, p)
+			}
+		}
+		err = s.join("unlock", err, s.remove(mine))
+		if !again(err, try) {
+			return st, err
+		}
+		if e := s.ended("unlock"); e != nil {
+			return st, e
 		}
 	}
-	return errors.Join(errs...)
+}
+
+// remove takes everything of ours out of the places, by one process for each
+// variant and family.
+func (s *session) remove(ps []place) error {
+	var errs []error
+	for _, v := range []Variant{Legacy, NFT} {
+		for i, f := range families() {
+			var input strings.Builder
+			var at spot
+			for _, p := range ps {
+				if p.v == v && p.fam == i && p.err == nil {
+					at = p.spot
+					input.WriteString(p.unlockInput())
+				}
+			}
+			if input.Len() > 0 {
+				errs = append(errs, present(s.restore(at, "unlock "+f.name, input.String())))
+			}
+		}
+	}
+	return s.join("unlock", errs...)
 }
 
 // Unlock removes every lock of either variant, from both families and tables.
 func (b *Backend) Unlock(ctx context.Context, ns *netlock.Namespace, o netlock.Options) (st netlock.State, err error) {
 	err = b.in(ctx, ns, o, func(s *session) error {
-		var last error
-		for try := 0; ; try++ {
-			ps, err := s.look()
-			if err != nil {
-				return errors.Join(err, last)
-			}
-			if try == 0 {
-				st = s.summary(ps)
-			}
-			switch {
-			case len(ps) == 0:
-				return nil
-			case try == 8 && last == nil:
-				last = s.fail(st.Backend, "unlock", errors.New("somebody keeps putting it back"))
-				fallthrough
-			case try == 8:
-				return last
-			}
-			if err := ctx.Err(); err != nil {
-				return s.fail(st.Backend, "unlock", err)
-			}
-			last = s.remove(ctx, ps)
-			if last != nil && netlock.KindOf(last) != netlock.KindOther {
-				return last
-			}
-		}
+		st, err = s.sweep(func(place) bool { return true })
+		return err
 	})
 	return st, err
 }
@@ -363,28 +541,4 @@ func (b *Backend) State(ctx context.Context, ns *netlock.Namespace, o netlock.Op
 		return err
 	})
 	return st, err
-}
-
-// toolDirs is where the commands are looked for: never in the caller's PATH.
-var toolDirs = [...]string{"/usr/sbin", "/sbin", "/usr/bin", "/bin", "/usr/local/sbin"}
-
-// findTool returns the absolute path of a command, "" if there is none.
-func findTool(name string) string {
-	for _, d := range toolDirs {
-		if st, err := os.Stat(d + "/" + name); err == nil && st.Mode().IsRegular() && st.Mode()&0o111 != 0 {
-			return d + "/" + name
-		}
-	}
-	return ""
-}
-
-// oneLine makes an error message of a tool's output.
-func oneLine(s string) string {
-	var out []string
-	for _, l := range strings.Split(s, "\n") {
-		if l = strings.TrimSpace(l); l != "" && !strings.HasPrefix(l, "Try `") && !strings.HasPrefix(l, "Error occurred at line") {
-			out = append(out, l)
-		}
-	}
-	return strings.Join(out, "; ")
 }

@@ -87,15 +87,14 @@ func allowSpec(r netlock.Rule) string {
 	return strings.Join(append(w, "-j", "ACCEPT"), " ")
 }
 
-const (
-	dropHead = `-m comment --comment "criu-netlock `
-	dropTail = `" -j DROP`
-)
-
-// dropSpec is the last rule, with the lock's metadata.
-func dropSpec(now time.Time, c netlock.Caller) string {
-	return dropHead + formatVersion + " " + now.UTC().Format(time.RFC3339) + " " + strconv.Itoa(c.PID) + " " + cleanName(c.Name) + dropTail
+// comment is a lock's metadata; it travels in the rule set, through an image too.
+func comment(now time.Time, c netlock.Caller) string {
+	return strings.Join([]string{
+		"criu-netlock", formatVersion, now.UTC().Format(time.RFC3339), strconv.Itoa(c.PID), cleanName(c.Name)}, " ")
 }
+
+// dropSpec is the last rule of both chains.
+func dropSpec(comment string) string { return `-m comment --comment "` + comment + `" -j DROP` }
 
 // cleanName keeps a task's name, which the task chooses, from ending the comment.
 func cleanName(s string) string {
@@ -113,23 +112,18 @@ func cleanName(s string) string {
 	return string(b[:min(len(b), 15)])
 }
 
-func parseDrop(spec string) (since time.Time, c netlock.Caller, err error) {
-	bad := errors.New("no metadata of ours")
-	if !strings.HasPrefix(spec, dropHead) || !strings.HasSuffix(spec, dropTail) {
-		return since, c, bad
+func parseComment(s string) (since time.Time, c netlock.Caller, err error) {
+	f := strings.Split(s, " ")
+	if len(f) != 5 || f[0] != "criu-netlock" || f[1] != formatVersion {
+		return since, c, errors.New("no metadata of ours")
 	}
-	f := strings.Split(spec[len(dropHead):len(spec)-len(dropTail)], " ")
-	if len(f) != 4 || f[0] != formatVersion {
-		return since, c, bad
+	if since, err = time.Parse(time.RFC3339, f[2]); err != nil {
+		return since, c, errors.New("metadata with a wrong time")
 	}
-	since, err = time.Parse(time.RFC3339, f[1])
-	if err != nil {
-		return since, c, bad
+	if c.PID, err = strconv.Atoi(f[3]); err != nil || f[4] != cleanName(f[4]) {
+		return since, netlock.Caller{}, errors.New("metadata with a wrong caller")
 	}
-	if c.PID, err = strconv.Atoi(f[2]); err != nil || cleanName(f[3]) != f[3] {
-		return since, netlock.Caller{}, bad
-	}
-	c.Name = f[3]
+	c.Name = f[4]
 	return since, c, nil
 }
 
@@ -138,17 +132,97 @@ type rule struct {
 	chain   string
 	spec    string // without "-A CHAIN"
 	packets uint64
+	match
 }
 
-// target is the chain that a rule goes to, "" if none of ours.
-func (r rule) target() string {
-	f := strings.Fields(r.spec)
-	for i := 0; i+1 < len(f); i++ {
-		if (f[i] == "-j" || f[i] == "-g") && ours(f[i+1]) {
-			return f[i+1]
+// match is what a rule says, as far as a lock uses it. What else it says is in rest,
+// so that such a rule is equal to none of ours.
+type match struct {
+	in, out, src, dst string
+	proto             string
+	sport, dport      string
+	icmpType, mark    string
+	comment           string
+	target            string // of -j or -g
+	rest              string
+}
+
+// parseMatch reads a rule's words, which differ between versions of iptables. A word
+// in a comment is no option: what it is taken for decides about somebody's rule.
+func parseMatch(spec string) (m match) {
+	words, ok := splitWords(spec)
+	if !ok {
+		m.rest = spec
+	}
+	fields := map[string]*string{
+		"-i": &m.in, "-o": &m.out, "-s": &m.src, "-d": &m.dst, "-p": &m.proto, "--sport": &m.sport, "--dport": &m.dport,
+		"--icmpv6-type": &m.icmpType, "--mark": &m.mark, "--comment": &m.comment, "-j": &m.target, "-g": &m.target,
+	}
+	for i := 0; i < len(words); i++ {
+		key, value := words[i], ""
+		if i+1 < len(words) {
+			value = words[i+1]
+		}
+		dst := fields[key]
+		switch {
+		case key == "-m" && slices.Contains([]string{"tcp", "udp", "sctp", "icmp6", "mark", "comment"}, value):
+			i++ // says nothing without its options
+		case dst == nil || *dst != "" || value == "":
+			m.rest += key + " "
+		default:
+			*dst = value
+			i++
+			if key == "-g" {
+				m.rest += "-g "
+			}
 		}
 	}
-	return ""
+	// Versions of iptables differ in how they print these.
+	if name, ok := map[string]string{"6": "tcp", "17": "udp", "132": "sctp", "1": "icmp", "58": "ipv6-icmp", "icmpv6": "ipv6-icmp"}[m.proto]; ok {
+		m.proto = name
+	}
+	m.mark = strings.TrimSuffix(m.mark, "/0xffffffff")
+	m.src, m.dst = canonicalPrefix(m.src), canonicalPrefix(m.dst)
+	return m
+}
+
+func canonicalPrefix(s string) string {
+	if a, err := netip.ParseAddr(s); err == nil {
+		return netip.PrefixFrom(a, a.BitLen()).String()
+	}
+	if p, err := netip.ParsePrefix(s); err == nil {
+		return p.String()
+	}
+	return s
+}
+
+// splitWords splits as iptables-restore does: at blanks, with "quoted words" and a \
+// before a character that means itself.
+func splitWords(s string) (out []string, ok bool) {
+	var (
+		w            []byte
+		quoted, open bool
+	)
+	for i := 0; i < len(s); i++ {
+		switch c := s[i]; {
+		case c == '\\' && quoted && i+1 < len(s):
+			i++
+			w = append(w, s[i])
+		case c == '"':
+			quoted, open = !quoted, true
+		case c == ' ' && !quoted:
+			if open {
+				out = append(out, string(w))
+			}
+			w, open = nil, false
+		default:
+			w, open = append(w, c), true
+		}
+	}
+	if open {
+		out = append(out, string(w))
+	}
+	return out, !quoted
 }
 
 // table is what iptables-save prints of one table.
@@ -181,28 +255,48 @@ func parseSave(s string) []table {
 			out[len(out)-1].chains = append(out[len(out)-1].chains, name)
 		case strings.HasPrefix(line, "-A "):
 			chain, spec, _ := strings.Cut(line[3:], " ")
-			out[len(out)-1].rules = append(out[len(out)-1].rules, rule{chain, spec, packets})
+			out[len(out)-1].rules = append(out[len(out)-1].rules, rule{chain, spec, packets, parseMatch(spec)})
+		}
+	}
+	return out
+}
+
+// jumps are the rules outside our chains that lead into one.
+func (t table) jumps() (out []rule) {
+	for _, r := range t.rules {
+		if ours(r.target) && !ours(r.chain) {
+			out = append(out, r)
+		}
+	}
+	return out
+}
+
+// of returns the rules of a chain.
+func (t table) of(chain string) (out []rule) {
+	for _, r := range t.rules {
+		if r.chain == chain {
+			out = append(out, r)
 		}
 	}
 	return out
 }
 
 // found tells whether anything of ours is in the table.
-func (t table) found() bool {
-	return slices.ContainsFunc(t.chains, ours) || slices.ContainsFunc(t.rules, func(r rule) bool { return r.target() != "" })
-}
+func (t table) found() bool { return slices.ContainsFunc(t.chains, ours) }
 
 // view is what a family's table holds of a lock.
 type view struct {
-	locks   bool
+	locks   bool   // it does drop, in and out, whatever else is there
 	why     string // what keeps it from being intact
 	since   time.Time
 	caller  netlock.Caller
+	comment string // the metadata as it stands there
 	in, out uint64
 }
 
-// judge compares a table with the lock that we would put there.
-func (t table) judge(v6 bool, allow []netlock.Rule) view {
+// judge compares a table with the lock that we would put there. dead says why
+// nothing in the table takes effect, "" if it does.
+func (t table) judge(v6 bool, allow []netlock.Rule, dead string) view {
 	v := view{locks: true}
 	blame := func(locks bool, format string, args ...any) {
 		v.locks = v.locks && locks
@@ -210,88 +304,90 @@ func (t table) judge(v6 bool, allow []netlock.Rule) view {
 			v.why = "table " + t.name + " " + fmt.Sprintf(format, args...)
 		}
 	}
+	if dead != "" {
+		blame(false, "%s", dead)
+	}
+	drop := match{target: "DROP"}
 	for _, chain := range []string{chainIn, chainOut} {
 		if !slices.Contains(t.chains, chain) {
 			blame(false, "has no chain %s", chain)
 			continue
 		}
-		var got []string
-		for _, r := range t.rules {
-			if r.chain != chain {
-				continue
-			}
-			got = append(got, r.spec)
-			if strings.HasSuffix(r.spec, "-j DROP") {
-				if chain == chainIn {
-					v.in += r.packets
-				} else {
-					v.out += r.packets
-				}
-			}
+		var want []match
+		for _, s := range specs(chain, v6, allow) {
+			want = append(want, parseMatch(s))
 		}
-		want := specs(chain, v6, allow)
-		drop := slices.IndexFunc(got, func(s string) bool { return strings.HasPrefix(s, dropHead) && strings.HasSuffix(s, dropTail) })
-		if drop < 0 {
-			blame(false, "does not drop in chain %s", chain)
-			continue
-		}
-		for i, s := range got[:drop] {
-			if !slices.Contains(want, s) {
+		want = append(want, drop)
+		got, drops := t.of(chain), false
+		for i, r := range got {
+			bare := r.match
+			bare.comment = ""
+			switch {
+			case i < len(want) && bare == want[i]:
+			case drops:
+				blame(true, "has more rules in chain %s", chain)
+			case !slices.Contains(want, bare):
 				blame(false, "has a foreign rule in chain %s", chain)
-			} else if i >= len(want) || s != want[i] {
+			default:
 				blame(true, "has rules of chain %s twice or out of order", chain)
 			}
+			if bare != drop {
+				if r.comment != "" {
+					blame(true, "has comments in chain %s that are not ours", chain)
+				}
+				continue
+			}
+			if chain == chainIn {
+				v.in += r.packets
+			} else {
+				v.out += r.packets
+			}
+			if drops {
+				continue
+			}
+			drops = true
+			since, caller, err := parseComment(r.comment)
+			if err != nil {
+				blame(true, "has %v in chain %s", err, chain)
+			} else if v.comment == "" {
+				v.since, v.caller, v.comment = since, caller, r.comment
+			}
 		}
-		if drop < len(want) {
+		if !drops {
+			blame(false, "does not drop in chain %s", chain)
+		} else if len(got) < len(want) {
 			blame(true, "lacks rules in chain %s", chain)
 		}
-		if len(got) > drop+1 {
-			blame(true, "has more rules in chain %s", chain)
-		}
-		since, caller, err := parseDrop(got[drop])
-		if err != nil {
-			blame(true, "has %v in chain %s", err, chain)
-		}
-		v.since, v.caller = since, caller
 	}
-	want := hooks(t.name)
-	for _, h := range want {
-		first := slices.IndexFunc(t.rules, func(r rule) bool { return r.chain == h[0] })
-		if first < 0 || t.rules[first].spec != "-j "+h[1] {
+	for _, h := range hooks(t.name) {
+		if rs := t.of(h[0]); len(rs) == 0 || rs[0].match != (match{target: h[1]}) {
 			blame(false, "does not begin chain %s with a jump to %s", h[0], h[1])
 		}
 	}
-	refs := 0
-	for _, r := range t.rules {
-		if r.target() != "" {
-			refs++
-		}
-	}
-	if refs > len(want) {
-		blame(true, "jumps to our chains %d times, not %d", refs, len(want))
+	if have, want := len(t.jumps()), len(hooks(t.name)); have != want {
+		blame(true, "jumps to our chains %d times, not %d", have, want)
 	}
 	return v
 }
 
-// unhook deletes every jump to our chains.
+// unhook deletes every jump to our chains by what it says. Never by its number: by
+// now that could be another rule's.
 func (t table) unhook(b *strings.Builder) {
-	for _, r := range t.rules {
-		if r.target() != "" && !ours(r.chain) {
-			fmt.Fprintf(b, "-D %s %s\n", r.chain, r.spec)
-		}
+	for _, r := range t.jumps() {
+		fmt.Fprintf(b, "-D %s %s\n", r.chain, r.spec)
 	}
 }
 
 // lockInput is what iptables-restore --noflush makes a lock from: one commit. Over
 // what is there of us it replaces it in the same commit.
-func (t table) lockInput(v6 bool, o netlock.Options, now time.Time) string {
+func (t table) lockInput(v6 bool, allow []netlock.Rule, comment string) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "*%s\n", t.name)
 	// Naming a chain makes it, or empties it.
 	fmt.Fprintf(&b, ":%s - [0:0]\n:%s - [0:0]\n", chainIn, chainOut)
 	t.unhook(&b)
 	for _, chain := range []string{chainIn, chainOut} {
-		for _, s := range append(specs(chain, v6, o.Allow), dropSpec(now, o.Caller)) {
+		for _, s := range append(specs(chain, v6, allow), dropSpec(comment)) {
 			fmt.Fprintf(&b, "-A %s %s\n", chain, s)
 		}
 	}
