@@ -224,6 +224,9 @@ func output(path string, args ...string) (string, error) {
 		cmd := exec.CommandContext(ctx, path, args...)
 		cmd.WaitDelay = time.Second
 		b, err := cmd.CombinedOutput()
+		if ctx.Err() != nil {
+			err = fmt.Errorf("no answer within %v", tryTime)
+		}
 		return string(b), err
 	})
 }

@@ -10,6 +10,7 @@ import (
 	"os"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -271,6 +272,8 @@ type outcome struct {
 	err error
 }
 
+const failed = "failed"
+
 func (t target) outcome(result, backend string, err error) outcome {
 	o := outcome{Netns: t.ns.Inode(), Target: t.foundAt, Result: result, err: err, Backend: orNull(backend)}
 	if err != nil {
@@ -302,6 +305,9 @@ func (c *cli) report(os []outcome) error {
 	}
 	var b strings.Builder
 	for _, o := range os {
+		if o.err != nil && o.Result == failed {
+			continue // its line is on stderr
+		}
 		fmt.Fprintf(&b, "net:[%d] (%s): %s", o.Netns, oneLine(o.Target), o.Result)
 		if o.Backend != nil {
 			fmt.Fprintf(&b, " (%s)", *o.Backend)
@@ -349,7 +355,7 @@ func lockAll(ctx context.Context, l *netlock.Locker, ts []target) []outcome {
 		case err != nil && context.Cause(ctx) == stop:
 			out[i] = ts[i].outcome("not locked", "", nil) // cancelled: the failure is the other's
 		case err != nil:
-			out[i] = ts[i].outcome("failed", "", err)
+			out[i] = ts[i].outcome(failed, "", err)
 			cancel(stop)
 		case res.Already:
 			out[i] = ts[i].outcome("already locked", res.Backend, nil)
@@ -358,7 +364,7 @@ func lockAll(ctx context.Context, l *netlock.Locker, ts []target) []outcome {
 			out[i] = ts[i].outcome("locked", res.Backend, nil)
 		}
 	})
-	if context.Cause(ctx) == nil {
+	if !slices.ContainsFunc(out, func(o outcome) bool { return o.err != nil }) {
 		return out
 	}
 	undo, cancelUndo := context.WithTimeout(context.WithoutCancel(ctx), netlock.UndoTime)
@@ -412,7 +418,7 @@ func (c *cli) unlock() error {
 			result := "not locked"
 			switch {
 			case err != nil && netlock.KindOf(err) != netlock.KindTampered:
-				result = "failed"
+				result = failed
 			case st.Found:
 				result = "unlocked"
 			}

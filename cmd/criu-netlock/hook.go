@@ -21,6 +21,7 @@ func runHook(start time.Time) int {
 	cfg, cfgErr := config.Default(), error(nil)
 	ev, err := action.FromEnv(os.LookupEnv)
 	var rep action.Report
+	done := false // what the hook is for is done, whatever err says
 	if err == nil {
 		cfg, cfgErr = config.Load(config.Path(os.LookupEnv))
 		ev.Caller = parent()
@@ -35,25 +36,24 @@ func runHook(start time.Time) int {
 				return h.Handle(ctx, ev)
 			})
 		}
-		if cfgErr != nil && (err == nil || netlock.KindOf(err) == netlock.KindTampered) {
+		done = err == nil && rep.Result != "" || err != nil && netlock.KindOf(err) == netlock.KindTampered
+		if cfgErr != nil && (done || err == nil) {
 			// Without the allow list no lock that was made with one looks intact.
 			err = cfgErr
 		}
 	}
-	logHook(start, cfg.LogLevel, ev, rep, err)
+	logHook(start, cfg.LogLevel, ev, rep, done, err)
 	return netlock.ExitCode(err)
 }
 
 // logHook writes the line of one hook.
-func logHook(start time.Time, levelName string, ev action.Event, rep action.Report, err error) {
+func logHook(start time.Time, levelName string, ev action.Event, rep action.Report, done bool, err error) {
 	level := slog.LevelInfo
 	msg := rep.Result
 	switch {
 	case err != nil:
 		level, msg = slog.LevelError, string(ev.Action)+" failed"
-		if rep.Result == "unlocked" || rep.Result == "not locked" {
-			msg = rep.Result + ", but" // tampered with, or a broken configuration
-		} else {
+		if !done {
 			rep.Result = "failed"
 		}
 	case rep.Loud:
