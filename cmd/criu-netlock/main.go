@@ -2,24 +2,22 @@
 // otherwise.
 //
 // CRIU starts it once for each of about ten hooks, most of them with nothing to do and
-// some while a container is frozen. So the hooks are told from the commands before
-// anything is set up.
+// some while a container is frozen. Those end in package early, before this package is
+// so much as initialised; the others are told from the commands before anything is set up.
 package main
 
 import (
 	"os"
 	"time"
 
+	_ "github.com/criu-netlock/criu-netlock/cmd/criu-netlock/early"
 	"github.com/criu-netlock/criu-netlock/netlock/action"
 )
 
 func main() {
 	start := time.Now()
 	if len(os.Args) == 1 {
-		if name := action.Name(os.Getenv(action.EnvAction)); name != "" {
-			if action.OpOf(name) == action.Nothing {
-				return
-			}
+		if os.Getenv(action.EnvAction) != "" {
 			os.Exit(runHook(start))
 		}
 	}

@@ -115,8 +115,8 @@ func readLog(log string) (lock, unlock, freeze time.Duration, err error) {
 			unlocking = at
 		case strings.HasPrefix(m[2], "Unfreezing tasks"):
 			thawed = at
-		case locking != 0 && locked == 0 && !strings.Contains(m[2], "network-lock scripts"):
-			locked = at
+		case locking != 0 && locked == 0 && !strings.Contains(m[2], "network-lock scripts") && !strings.HasPrefix(strings.TrimSpace(m[2]), "["):
+			locked = at // the first line after the scripts, of which each has a line "[path]"
 		}
 	}
 	if seized == 0 || locking == 0 || locked == 0 || unlocking == 0 || thawed == 0 {
