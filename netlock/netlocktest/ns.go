@@ -4,6 +4,7 @@ package netlocktest
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -12,6 +13,7 @@ import (
 	"runtime"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
@@ -176,6 +178,10 @@ func (e end) hw() net.HardwareAddr { return net.HardwareAddr{2, 0, 0, 0, 0x77, e
 // join connects two namespaces by a veth with fixed addresses.
 func join(a, b end) {
 	a.t.Helper()
+	for _, e := range []end{a, b} {
+		// The kernel's own link-local address comes late, and neighbour discovery needs one.
+		e.sysctl("ipv6/conf/default/addr_gen_mode", "1")
+	}
 	a.netlink(func(h *netlink.Handle) error {
 		return h.LinkAdd(&netlink.Veth{
 			LinkAttrs: netlink.LinkAttrs{Name: a.link, HardwareAddr: a.hw()},
@@ -188,7 +194,7 @@ func join(a, b end) {
 			if err != nil {
 				return err
 			}
-			for _, s := range []string{e.v4 + "/24", e.v6 + "/64"} {
+			for _, s := range []string{e.v4 + "/24", e.v6 + "/64", fmt.Sprintf("fe80::%d/64", e.mac)} {
 				addr, err := netlink.ParseAddr(s)
 				if err != nil {
 					return err
@@ -200,5 +206,36 @@ func join(a, b end) {
 			}
 			return h.LinkSetUp(l)
 		})
+	}
+	// The kernel notices the carrier in the background, and has no IPv6 before.
+	for _, e := range []end{a, b} {
+		e.netlink(func(h *netlink.Handle) error {
+			return Until(func() (bool, error) {
+				l, err := h.LinkByName(e.link)
+				return err == nil && l.Attrs().OperState == netlink.OperUp, err
+			})
+		})
+	}
+}
+
+// untilTime bounds every wait for something that is to happen soon.
+const untilTime = 10 * time.Second
+
+// Until polls until a condition holds, and fails when that takes too long.
+func Until(cond func() (bool, error)) error {
+	end := time.NewTimer(untilTime)
+	defer end.Stop()
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for {
+		ok, err := cond()
+		if ok || err != nil {
+			return err
+		}
+		select {
+		case <-end.C:
+			return errors.New("it did not happen in time")
+		case <-tick.C:
+		}
 	}
 }
