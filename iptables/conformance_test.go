@@ -1,0 +1,17 @@
+package iptables_test
+
+import (
+	"testing"
+
+	"github.com/criu-netlock/criu-netlock/iptables"
+	"github.com/criu-netlock/criu-netlock/netlock"
+	"github.com/criu-netlock/criu-netlock/netlock/netlocktest"
+)
+
+func TestConformance(t *testing.T) {
+	for _, v := range []iptables.Variant{iptables.Legacy, iptables.NFT} {
+		t.Run(string(v), func(t *testing.T) {
+			netlocktest.Conformance(t, netlocktest.IPTables(t, string(v), func() netlock.Backend { return iptables.New(v) }))
+		})
+	}
+}
