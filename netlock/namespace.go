@@ -3,7 +3,6 @@ package netlock
 import (
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"runtime"
 	"strconv"
@@ -11,6 +10,8 @@ import (
 
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
+
+	"github.com/criu-netlock/criu-netlock/netlock/internal/proc"
 )
 
 // Namespace is an open handle on a network namespace that is neither the host's
@@ -239,11 +240,10 @@ func (ns *Namespace) check() error {
 
 // isKernelThread reads PF_KTHREAD from the flags in /proc/PID/stat.
 func isKernelThread(pid int) bool {
-	b, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
+	s, err := proc.Read("/proc/" + strconv.Itoa(pid) + "/stat")
 	if err != nil {
 		return false
 	}
-	s := string(b)
 	f := strings.Fields(s[strings.LastIndexByte(s, ')')+1:])
 	if len(f) < 7 {
 		return false

@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"os"
-	"strconv"
 	"strings"
 	"time"
 
@@ -91,16 +90,4 @@ func oneLine(s string) string {
 }
 
 // parent is who started us: CRIU, or a shell.
-func parent() netlock.Caller {
-	pid := os.Getppid()
-	return netlock.Caller{PID: pid, Name: comm(pid)}
-}
-
-// comm is a task's name; empty if it is not to be seen from here.
-func comm(pid int) string {
-	b, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/comm")
-	if err != nil {
-		return ""
-	}
-	return strings.TrimSuffix(string(b), "\n")
-}
+func parent() netlock.Caller { return netlock.CallerOf(os.Getppid()) }

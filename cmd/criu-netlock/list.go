@@ -203,7 +203,7 @@ func (s *scan) task(pid int) {
 	}
 	ns, err := netlock.FromPID(pid)
 	if err == nil {
-		s.add(ns, strings.TrimSuffix(fmt.Sprintf("pid %d %s", pid, comm(pid)), " "))
+		s.add(ns, strings.TrimSuffix(fmt.Sprintf("pid %d %s", pid, netlock.CallerOf(pid).Name), " "))
 		return
 	}
 	switch netlock.KindOf(err) {

@@ -6,11 +6,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"strconv"
 	"strings"
 
 	"github.com/criu-netlock/criu-netlock/netlock"
+	"github.com/criu-netlock/criu-netlock/netlock/internal/proc"
 )
 
 // Name is the name of a hook, as CRTOOLS_SCRIPT_ACTION and the RPC messages have it.
@@ -150,8 +150,8 @@ func ParsePID(s string) (int, error) {
 
 // pidMax is kernel.pid_max, or the highest value it can have.
 func pidMax() int {
-	b, err := os.ReadFile("/proc/sys/kernel/pid_max")
-	if n, e := strconv.Atoi(strings.TrimSpace(string(b))); err == nil && e == nil && n > 0 {
+	s, err := proc.Read("/proc/sys/kernel/pid_max")
+	if n, e := strconv.Atoi(strings.TrimSpace(s)); err == nil && e == nil && n > 0 {
 		return n
 	}
 	return 4 << 20
