@@ -1,0 +1,15 @@
+package nft_test
+
+import (
+	"testing"
+
+	"github.com/criu-netlock/criu-netlock/netlock"
+	"github.com/criu-netlock/criu-netlock/netlock/netlocktest"
+	"github.com/criu-netlock/criu-netlock/nft"
+)
+
+func newBackend() netlock.Backend { return nft.New() }
+
+func TestConformance(t *testing.T) {
+	netlocktest.Conformance(t, netlocktest.NFT(t, newBackend))
+}
