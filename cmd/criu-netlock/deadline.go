@@ -56,7 +56,7 @@ func within[T any](start time.Time, timeout time.Duration, f func(context.Contex
 func say(line string) {
 	done := make(chan struct{})
 	go func() {
-		write(unix.Stderr, line)
+		_ = write(unix.Stderr, line) // there is nowhere to tell
 		close(done)
 	}()
 	select {
