@@ -292,7 +292,7 @@ func inThread(enter func() error, f func(), err *error) {
 	go func() {
 		defer close(done)
 		runtime.LockOSThread()
-		own, e := netns.Get()
+		own, e := netns.GetFromPath("/proc/thread-self/ns/net")
 		if e != nil {
 			runtime.UnlockOSThread()
 			*err = &Error{Kind: KindOther, Op: "open own namespace", Err: e}
