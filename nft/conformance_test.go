@@ -13,3 +13,5 @@ func newBackend() netlock.Backend { return nft.New() }
 func TestConformance(t *testing.T) {
 	netlocktest.Conformance(t, netlocktest.NFT(t, newBackend))
 }
+
+func TestFlood(t *testing.T) { netlocktest.Flood(t, newBackend, 2000) }
