@@ -15,3 +15,5 @@ func TestConformance(t *testing.T) {
 }
 
 func TestFlood(t *testing.T) { netlocktest.Flood(t, newBackend, 2000) }
+
+func TestHostile(t *testing.T) { netlocktest.HostileNFT(t, newBackend) }
