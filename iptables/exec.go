@@ -172,11 +172,12 @@ func (e *toolError) diagnose(v Variant, m machine) verdict {
 		return unsupported("iptables 1.6.2 or newer is needed")
 	case says("`"+chainIn, "`"+chainOut, "'"+chainIn, "'"+chainOut): // a jump to a chain that is gone
 		return verdict{netlock.KindOther, errChanged, ""}
-	case says("Couldn't load match", "Couldn't load target", "missing kernel module", "TABLE_ADD failed", "CHAIN_ADD failed"):
+	case says("Couldn't load match", "Couldn't load target", "missing kernel module", "TABLE_ADD failed"):
 		return unsupported("a part of iptables is missing in the kernel or on the host")
 	case m.match != "":
 		return unsupported("the kernel lacks the match " + m.match)
-	case says("is incompatible", "table name", "do you need to insmod"):
+	case says("is incompatible", "table name", "do you need to insmod", "CHAIN_ADD failed"):
+		// CHAIN_ADD: a base chain's name is taken by a chain that is none, or hooked elsewhere.
 		return verdict{netlock.KindNoBackend, errNoTable, ""}
 	case e.code == 1, e.code == 4: // a line, or the commit, met other rules than it was made for
 		return verdict{netlock.KindOther, errChanged, ""}

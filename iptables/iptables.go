@@ -8,6 +8,8 @@
 //   - There are two kinds of iptables with rules of their own, legacy and nft. Lock
 //     uses one, Unlock and State look in both.
 //   - The first use makes a table that the kernel keeps, empty, after Unlock.
+//   - Whatever the legacy programs change in a table, they begin the counters of its
+//     policies anew. Rules keep theirs.
 //   - In table filter a dropped packet has already moved its conntrack entry.
 //   - Legacy programs take turns by /run/xtables.lock, which is a different file in
 //     another mount namespace. What was changed under our hands is done again.
@@ -75,13 +77,39 @@ type session struct {
 	comment string
 	// put are the spots where this call put a lock, or may have.
 	put []spot
+	// kept are the spots where an intact lock of this variant was.
+	kept []spot
 	// useless are the tables that refuse a lock, or in which it has no effect.
 	useless map[spot]bool
+	// done ends our turn.
+	done func()
+}
+
+// turnTime is how long an operation waits for its turn at most.
+const turnTime = 500 * time.Millisecond
+
+// takeTurn keeps our own operations on one namespace from undoing each other's work
+// between a look and a commit, which they would notice and begin anew. The turn is a
+// flock on the namespace itself, and no more than a courtesy: whoever lives there can
+// hold it, so it is waited for a quarter of the time we have and then done without.
+func (s *session) takeTurn() {
+	fd, err := unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return
+	}
+	s.done = func() { unix.Close(fd) }
+	wait := turnTime
+	if d, ok := s.ctx.Deadline(); ok {
+		wait = min(wait, time.Until(d)/4)
+	}
+	for end := time.Now().Add(wait); unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB) != nil && time.Now().Before(end); {
+		time.Sleep(300 * time.Microsecond)
+	}
 }
 
 func (b *Backend) in(ctx context.Context, ns *netlock.Namespace, o netlock.Options, f func(*session) error) error {
 	return ns.Do(func() error {
-		s := &session{ctx: ctx, b: b, ns: ns, o: o, fams: 1, comment: comment(b.now(), o.Caller), useless: map[spot]bool{}}
+		s := &session{ctx: ctx, b: b, ns: ns, o: o, fams: 1, comment: comment(b.now(), o.Caller), useless: map[spot]bool{}, done: func() {}}
 		if err := s.ended("start"); err != nil {
 			return err
 		}
@@ -92,6 +120,7 @@ func (b *Backend) in(ctx context.Context, ns *netlock.Namespace, o netlock.Optio
 		if has {
 			s.fams = 2
 		}
+		defer func() { s.done() }()
 		return f(s)
 	})
 }
@@ -299,6 +328,7 @@ func again(err error, try int) bool { return errors.Is(err, errChanged) && try <
 // Lock makes sure that exactly one lock is in force, in both families.
 func (b *Backend) Lock(ctx context.Context, ns *netlock.Namespace, o netlock.Options) (res netlock.Result, err error) {
 	err = b.in(ctx, ns, o, func(s *session) error {
+		s.takeTurn()
 		by := []Variant{b.variant}
 		if b.variant == Auto {
 			by = []Variant{Legacy, NFT}
@@ -391,8 +421,10 @@ func (s *session) intact(v Variant, ps []place) (by Variant, rest []place, ok bo
 
 // complete puts a lock into every family that has no intact one of v.
 func (s *session) complete(v Variant, ps []place) error {
+	s.kept = nil
 	for i := range s.fams {
-		if slices.ContainsFunc(ps, func(p place) bool { return p.v == v && p.fam == i && p.why == "" }) {
+		if k := slices.IndexFunc(ps, func(p place) bool { return p.v == v && p.fam == i && p.why == "" }); k >= 0 {
+			s.kept = append(s.kept, ps[k].spot)
 			continue
 		}
 		if err := s.lockFamily(v, i, ps); err != nil {
@@ -442,19 +474,20 @@ func (s *session) lockFamily(v Variant, fam int, ps []place) error {
 	return err
 }
 
-// alone looks whether the lock that this call made is all that is there: somebody
-// else may have locked at the same time, or the table may stop nothing.
+// alone looks whether the lock that this call made or completed is all that is
+// there: somebody else may have locked at the same time, or the table may stop
+// nothing.
 func (s *session) alone() (bool, error) {
 	sights, err := s.detect()
 	if err != nil {
 		return false, err
 	}
-	ok := len(sights) == s.fams && len(s.put) == s.fams
+	ok := len(sights) == s.fams
 	for _, at := range sights {
 		if at.dead != "" {
 			s.useless[at.spot] = true
 		}
-		ok = ok && slices.Contains(s.put, at.spot) && at.exact(s.o.Allow)
+		ok = ok && (slices.Contains(s.put, at.spot) || slices.Contains(s.kept, at.spot)) && at.exact(s.o.Allow)
 	}
 	return ok, nil
 }
@@ -527,6 +560,10 @@ func (s *session) remove(ps []place) error {
 // Unlock removes every lock of either variant, from both families and tables.
 func (b *Backend) Unlock(ctx context.Context, ns *netlock.Namespace, o netlock.Options) (st netlock.State, err error) {
 	err = b.in(ctx, ns, o, func(s *session) error {
+		if sights, err := s.detect(); err != nil || len(sights) == 0 {
+			return err
+		}
+		s.takeTurn()
 		st, err = s.sweep(func(place) bool { return true })
 		return err
 	})
