@@ -41,8 +41,32 @@ const (
 // perPhase is how many packets at least are sent in every open and locked phase.
 const perPhase = 4
 
+// FloodRepair floods a lock whose rules get doubled, as by the restore of an image,
+// and are replaced by another Lock: between the two there is no gap either.
+func FloodRepair(t *testing.T, c Config, cycles int) {
+	t.Helper()
+	p := NewPair(t)
+	s := c.on(t, p.Inside)
+	flood(t, p,
+		func() error { s.lock(); return nil },
+		func() error {
+			c.Replay(p.Inside)
+			if res := s.lock(); res.Already {
+				return errors.New("doubled rules were left alone")
+			}
+			return nil
+		},
+		func() error { s.unlock(); return nil },
+		cycles)
+}
+
 // FloodFunc floods Inside from Peer while lock and unlock take turns.
 func FloodFunc(t *testing.T, p *Pair, lock, unlock func() error, cycles int) {
+	t.Helper()
+	flood(t, p, lock, func() error { return nil }, unlock, cycles)
+}
+
+func flood(t *testing.T, p *Pair, lock, locked, unlock func() error, cycles int) {
 	t.Helper()
 	in := newFloodReceiver(t, p.Inside)
 	out := newFloodSender(t, p.Peer)
@@ -61,6 +85,7 @@ func FloodFunc(t *testing.T, p *Pair, lock, unlock func() error, cycles int) {
 		fail("lock", lock())
 		out.phase.Add(1)
 		fail("locked", out.await(perPhase))
+		fail("locked", locked())
 		out.phase.Add(1)
 		fail("unlock", unlock())
 		out.phase.Add(1)
