@@ -35,7 +35,7 @@ fuzz: deps-go ## run every fuzz target for FUZZTIME
 	@set -e; n=0; for f in $$(grep -rlE '^func Fuzz' --include='*_test.go' .); do \
 	  for t in $$(sed -nE 's/^func (Fuzz[A-Za-z0-9_]+)\(.*/\1/p' $$f); do \
 	    echo "fuzz $$t in $$(dirname $$f)"; \
-	    $(GO) test -run '^$$' -fuzz "^$$t\$$" -fuzztime $(FUZZTIME) $$(dirname $$f); n=$$((n+1)); \
+	    $(GO) test -run '^$$' -fuzz "^$$t\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 10x $$(dirname $$f); n=$$((n+1)); \
 	  done; done; [ $$n -gt 0 ]
 
 lint: deps-go ## gofmt, vet, golangci-lint, go mod tidy and verify

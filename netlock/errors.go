@@ -70,7 +70,7 @@ func (e *Error) Error() string {
 		b.WriteString("; ")
 		b.WriteString(e.Hint)
 	}
-	return strings.Join(strings.FieldsFunc(b.String(), func(r rune) bool { return r == '\n' || r == '\r' }), " ")
+	return strings.ReplaceAll(strings.TrimSpace(strings.ReplaceAll(b.String(), "\r", "")), "\n", "; ")
 }
 
 func (e *Error) Unwrap() error { return e.Err }

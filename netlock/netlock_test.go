@@ -93,7 +93,7 @@ func TestLockerUnlock(t *testing.T) {
 
 func TestErrorIsOneLine(t *testing.T) {
 	err := &Error{Kind: KindOther, Op: "op", Namespace: "ns\nx", Err: errors.Join(errors.New("a"), errors.New("b")), Hint: "do"}
-	if got, want := err.Error(), "ns x: op: a b; do"; got != want {
+	if got, want := err.Error(), "ns; x: op: a; b; do"; got != want {
 		t.Errorf("%q, want %q", got, want)
 	}
 }

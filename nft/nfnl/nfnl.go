@@ -125,7 +125,13 @@ func (c *Conn) ask(ctx context.Context, reqs []Request) (out []Answer, again boo
 						out[i].Errno = unix.Errno(-n)
 					}
 				}
-				open--
+				if open--; i == 0 && out[0].Errno == unix.EPERM {
+					// Without CAP_NET_ADMIN the kernel answers the first request for them all.
+					for j := range out {
+						out[j].Errno = unix.EPERM
+					}
+					open = 0
+				}
 			case len(data) >= nfgenLen:
 				out[i].Objects = append(out[i].Objects, Object{data[0], append([]byte(nil), data[nfgenLen:]...)})
 				if h.flags&unix.NLM_F_MULTI == 0 {
