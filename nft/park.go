@@ -24,6 +24,6 @@ func Park(fd int) {
 	}
 	files := [1]int32{int32(fd)}
 	const registerFiles = 2 // IORING_REGISTER_FILES
-	unix.Syscall6(unix.SYS_IO_URING_REGISTER, ring, registerFiles, uintptr(unsafe.Pointer(&files)), 1, 0, 0)
+	_, _, _ = unix.Syscall6(unix.SYS_IO_URING_REGISTER, ring, registerFiles, uintptr(unsafe.Pointer(&files)), 1, 0, 0)
 	unix.Close(int(ring))
 }
