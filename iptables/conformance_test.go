@@ -15,3 +15,13 @@ func TestConformance(t *testing.T) {
 		})
 	}
 }
+
+func TestFlood(t *testing.T) {
+	for _, v := range []iptables.Variant{iptables.Legacy, iptables.NFT} {
+		t.Run(string(v), func(t *testing.T) {
+			c := netlocktest.IPTables(t, string(v), func() netlock.Backend { return iptables.New(v) })
+			netlocktest.Flood(t, c.New, 100)
+			netlocktest.FloodRepair(t, c, 20)
+		})
+	}
+}
