@@ -292,20 +292,10 @@ func detectNFT(ctx context.Context) ([]sight, error) {
 			reqs = append(reqs, spots[i].ask(unix.NFT_MSG_GETCHAIN, unix.NFTA_CHAIN_TABLE, unix.NFTA_CHAIN_NAME, c))
 		}
 	}
-	// The first alone: to a caller without privilege the kernel answers only once,
-	// however many requests a message holds.
-	ans, err := conn.Ask(ctx, reqs[0])
+	ans, err := conn.Ask(ctx, reqs...)
 	if err != nil {
 		return nil, err
 	}
-	if e := ans[0].Errno; e == unix.EPERM || e == unix.EACCES {
-		return nil, e
-	}
-	more, err := conn.Ask(ctx, reqs[1:]...)
-	if err != nil {
-		return nil, err
-	}
-	ans = append(ans, more...)
 	var out []sight
 	for i, p := range spots {
 		found := false

@@ -3,6 +3,7 @@ package iptables
 // What the real programs and the real kernel make of it, in throwaway namespaces.
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"flag"
@@ -723,9 +724,18 @@ func TestKilledWhileWaiting(t *testing.T) {
 	by, file := inPrivateRun(t)
 	flock(t, file, unix.LOCK_EX)
 	c := process(t, n, "lock", Legacy, 30*time.Second, by...)
+	var out bytes.Buffer
+	c.Stdout, c.Stderr = &out, &out
 	if err := c.Start(); err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() {
+		c.Process.Kill()
+		c.Wait()
+		if t.Failed() {
+			t.Logf("%v: %s", c.ProcessState, &out)
+		}
+	})
 	poll(t, "iptables to wait", func() bool { return len(inside(t, n)) == 1 })
 	c.Process.Kill()
 	c.Wait()
@@ -743,7 +753,8 @@ func poll(t *testing.T, what string, f func() bool) {
 	}
 }
 
-// inside lists the programs of iptables that run in the namespace.
+// inside lists the programs of legacy iptables that run in the namespace. The test's
+// own process can seem to be there, when its main thread is.
 func inside(t *testing.T, n *netlocktest.NS) (pids []string) {
 	t.Helper()
 	want := fmt.Sprintf("net:[%d]", n.Netns().Inode())
@@ -754,7 +765,7 @@ func inside(t *testing.T, n *netlocktest.NS) (pids []string) {
 	for _, p := range all {
 		pid := strings.Split(p, "/")[2]
 		comm, _ := os.ReadFile("/proc/" + pid + "/comm")
-		if to, err := os.Readlink(p); err == nil && to == want && strings.HasPrefix(string(comm), "ip") {
+		if to, err := os.Readlink(p); err == nil && to == want && strings.HasPrefix(string(comm), "iptables-legacy") {
 			pids = append(pids, pid)
 		}
 	}
