@@ -86,7 +86,7 @@ type session struct {
 }
 
 // turnTime is how long an operation waits for its turn at most.
-const turnTime = 500 * time.Millisecond
+const turnTime = 2 * time.Second
 
 // takeTurn keeps our own operations on one namespace from undoing each other's work
 // between a look and a commit, which they would notice and begin anew. The turn is a
@@ -321,7 +321,7 @@ func (s *session) summary(ps []place) (st netlock.State) {
 
 // tries bounds how often an operation begins anew because the rules changed
 // between the look and the commit.
-const tries = 8
+const tries = 32
 
 func again(err error, try int) bool { return errors.Is(err, errChanged) && try < tries }
 
