@@ -199,9 +199,8 @@ func begin(t *testing.T, engine, lock string, scripts ...string) *fixture {
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	t.Cleanup(cancel)
 	f := &fixture{t: t, ctx: ctx, l: l, skip: lock == "skip"}
-	name := t.Name()
-	name = name[strings.LastIndexByte(name, '/')+1:]
-	id := engine + "-" + lock + "-" + strings.Trim(idBad.ReplaceAllString(strings.ToLower(name), "-"), "-")
+	// The whole name: all tests of a run share the session and its folders.
+	id := engine + "-" + lock + "-" + strings.Trim(idBad.ReplaceAllString(strings.ToLower(t.Name()), "-"), "-")
 	var err error
 	if f.net, err = l.NewNet(ctx, "peer-"+id); err != nil {
 		t.Fatal(err)
