@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"runtime"
+	"slices"
 	"strings"
 	"unsafe"
 
@@ -32,17 +33,19 @@ type family struct {
 	targetAt int
 }
 
+// procNet is /proc/net of the calling thread's namespace.
+const procNet = "/proc/thread-self/net"
+
 func families() [2]family {
-	const net = "/proc/thread-self/net/"
 	return [2]family{
-		{false, "ip", "iptables", net + "ip_tables_", unix.AF_INET, unix.SOL_IP, unix.NFPROTO_IPV4, 88},
-		{true, "ip6", "ip6tables", net + "ip6_tables_", unix.AF_INET6, unix.SOL_IPV6, unix.NFPROTO_IPV6, 140},
+		{false, "ip", "iptables", "ip_tables_", unix.AF_INET, unix.SOL_IP, unix.NFPROTO_IPV4, 88},
+		{true, "ip6", "ip6tables", "ip6_tables_", unix.AF_INET6, unix.SOL_IPV6, unix.NFPROTO_IPV6, 140},
 	}
 }
 
 // hasIPv6 tells whether the calling thread's namespace knows IPv6 at all.
 func hasIPv6() (bool, error) {
-	err := unix.Access("/proc/thread-self/net/if_inet6", unix.F_OK)
+	err := unix.Access(procNet+"/if_inet6", unix.F_OK)
 	if err == unix.ENOENT {
 		return false, nil
 	}
@@ -101,8 +104,14 @@ func detect(ctx context.Context) ([]sight, error) {
 }
 
 func detectLegacy() (out []sight, err error) {
+	// Walking down /proc to the thread costs more than all the rest: once will do.
+	dir, err := unix.Open(procNet, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", procNet, err)
+	}
+	defer unix.Close(dir)
 	for i, f := range families() {
-		names, err := f.lines("names")
+		names, err := f.lines(dir, "names")
 		if err != nil {
 			return nil, err
 		}
@@ -124,9 +133,9 @@ func detectLegacy() (out []sight, err error) {
 }
 
 // lines reads one of a family's files in /proc/net, with a newline before and after
-// each line; it is empty where the kernel has no such file.
-func (f family) lines(file string) (string, error) {
-	fd, err := unix.Open(f.proc+file, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+// each line; it is empty where the kernel has no such file. dir is procNet, open.
+func (f family) lines(dir int, file string) (string, error) {
+	fd, err := unix.Openat(dir, f.proc+file, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err == unix.ENOENT {
 		return "", nil
 	}
@@ -282,18 +291,41 @@ func detectNFT(ctx context.Context) ([]sight, error) {
 		return nil, err
 	}
 	defer conn.Close()
+	// The tables first: mostly there is none, and every request costs an answer.
 	var (
-		spots [4]sight
+		spots []sight
 		reqs  []nfnl.Request
 	)
-	for i := range spots {
-		spots[i] = sight{spot: spot{NFT, i / 2, tableNames[i%2]}, uses: [2]int{-1, -1}}
-		for _, c := range [2]string{chainIn, chainOut} {
-			reqs = append(reqs, spots[i].ask(unix.NFT_MSG_GETCHAIN, unix.NFTA_CHAIN_TABLE, unix.NFTA_CHAIN_NAME, c))
-		}
+	for i := range 2 * len(tableNames) {
+		p := sight{spot: spot{NFT, i / 2, tableNames[i%2]}, uses: [2]int{-1, -1}}
+		spots = append(spots, p)
+		reqs = append(reqs, p.ask(unix.NFT_MSG_GETTABLE, unix.NFTA_TABLE_NAME, 0, ""))
 	}
 	ans, err := conn.Ask(ctx, reqs...)
 	if err != nil {
+		return nil, err
+	}
+	reqs = nil
+	for i := len(spots) - 1; i >= 0; i-- {
+		switch e := ans[i].Errno; e {
+		case 0:
+		case unix.ENOENT:
+			spots = slices.Delete(spots, i, i+1)
+		case unix.EINVAL, unix.EOPNOTSUPP: // what a kernel without nf_tables says
+			return nil, nil
+		default:
+			return nil, e
+		}
+	}
+	for _, p := range spots {
+		for _, c := range [2]string{chainIn, chainOut} {
+			reqs = append(reqs, p.ask(unix.NFT_MSG_GETCHAIN, unix.NFTA_CHAIN_TABLE, unix.NFTA_CHAIN_NAME, c))
+		}
+	}
+	if len(reqs) == 0 {
+		return nil, nil
+	}
+	if ans, err = conn.Ask(ctx, reqs...); err != nil {
 		return nil, err
 	}
 	var out []sight
@@ -304,8 +336,6 @@ func detectNFT(ctx context.Context) ([]sight, error) {
 			case 0:
 			case unix.ENOENT:
 				continue
-			case unix.EINVAL, unix.EOPNOTSUPP: // what a kernel without nf_tables says
-				return nil, nil
 			default:
 				return nil, a.Errno
 			}
@@ -400,7 +430,12 @@ func deadTable(ctx context.Context, conn *nfnl.Conn, p spot) (string, error) {
 // it has them all, or does not say. To be asked after a refusal: it is iptables'
 // asking that loads a match's module.
 func (f family) missingMatch() string {
-	have, err := f.lines("matches")
+	dir, err := unix.Open(procNet, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return ""
+	}
+	defer unix.Close(dir)
+	have, err := f.lines(dir, "matches")
 	if err != nil || have == "" {
 		return ""
 	}

@@ -107,12 +107,20 @@ func (s *session) takeTurn() {
 	}
 }
 
-func (b *Backend) in(ctx context.Context, ns *netlock.Namespace, o netlock.Options, f func(*session) error) error {
+// in runs f in the namespace; unless emptyToo, only if something of ours is there.
+func (b *Backend) in(ctx context.Context, ns *netlock.Namespace, o netlock.Options, emptyToo bool, f func(*session) error) error {
 	return ns.Do(func() error {
-		s := &session{ctx: ctx, b: b, ns: ns, o: o, fams: 1, comment: comment(b.now(), o.Caller), useless: map[spot]bool{}, done: func() {}}
+		s := &session{ctx: ctx, b: b, ns: ns, o: o, fams: 1, done: func() {}}
 		if err := s.ended("start"); err != nil {
 			return err
 		}
+		if !emptyToo {
+			// This is what another backend's lock and unlock wait for.
+			if sights, err := s.detect(); err != nil || len(sights) == 0 {
+				return err
+			}
+		}
+		s.comment, s.useless = comment(b.now(), o.Caller), map[spot]bool{}
 		has, err := b.ipv6()
 		if err != nil {
 			return s.fail(b.variant, "look for IPv6", err)
@@ -327,7 +335,7 @@ func again(err error, try int) bool { return errors.Is(err, errChanged) && try <
 
 // Lock makes sure that exactly one lock is in force, in both families.
 func (b *Backend) Lock(ctx context.Context, ns *netlock.Namespace, o netlock.Options) (res netlock.Result, err error) {
-	err = b.in(ctx, ns, o, func(s *session) error {
+	err = b.in(ctx, ns, o, true, func(s *session) error {
 		s.takeTurn()
 		by := []Variant{b.variant}
 		if b.variant == Auto {
@@ -559,10 +567,7 @@ func (s *session) remove(ps []place) error {
 
 // Unlock removes every lock of either variant, from both families and tables.
 func (b *Backend) Unlock(ctx context.Context, ns *netlock.Namespace, o netlock.Options) (st netlock.State, err error) {
-	err = b.in(ctx, ns, o, func(s *session) error {
-		if sights, err := s.detect(); err != nil || len(sights) == 0 {
-			return err
-		}
+	err = b.in(ctx, ns, o, false, func(s *session) error {
 		s.takeTurn()
 		st, err = s.sweep(func(place) bool { return true })
 		return err
@@ -572,7 +577,7 @@ func (b *Backend) Unlock(ctx context.Context, ns *netlock.Namespace, o netlock.O
 
 // State reads what is there and changes nothing.
 func (b *Backend) State(ctx context.Context, ns *netlock.Namespace, o netlock.Options) (st netlock.State, err error) {
-	err = b.in(ctx, ns, o, func(s *session) error {
+	err = b.in(ctx, ns, o, false, func(s *session) error {
 		ps, err := s.look()
 		st = s.summary(ps)
 		return err

@@ -592,13 +592,8 @@ func TestNoProcess(t *testing.T) {
 	}
 	look("fresh")
 	for _, f := range families() {
-		if err := n.Do(func() error {
-			if names, err := f.lines("names"); err != nil || names != "\n" {
-				return fmt.Errorf("looking made the tables %q, %w", names, err)
-			}
-			return nil
-		}); err != nil {
-			t.Error(err)
+		if names := n.Run("", "cat", procNet+"/"+f.proc+"names"); names != "" {
+			t.Errorf("looking made the tables %q", names)
 		}
 	}
 	if s := n.Run("", "nft", "list", "ruleset"); s != "" {

@@ -1,6 +1,7 @@
 package iptables
 
 import (
+	"context"
 	"errors"
 	"strings"
 	"testing"
@@ -225,6 +226,20 @@ func TestDiagnose(t *testing.T) {
 		if strings.ContainsAny(e.Error(), "\n\r") || strings.Contains(e.Error(), "Try `") {
 			t.Errorf("%s: not one line of sense: %q", name, e)
 		}
+	}
+}
+
+// -w is bounded by what is left, and never bare, 0 or without a number.
+func TestWaitSeconds(t *testing.T) {
+	for left, want := range map[time.Duration]string{-time.Second: "1", time.Millisecond: "1", 2500 * time.Millisecond: "2", 10*time.Second + time.Millisecond*500: "10"} {
+		ctx, cancel := context.WithTimeout(context.Background(), left)
+		if got := waitSeconds(ctx); got != want {
+			t.Errorf("%v left: -w %s, want %s", left, got, want)
+		}
+		cancel()
+	}
+	if got := waitSeconds(context.Background()); got != "5" {
+		t.Errorf("no deadline: -w %s", got)
 	}
 }
 
