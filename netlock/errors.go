@@ -75,6 +75,13 @@ func (e *Error) Error() string {
 
 func (e *Error) Unwrap() error { return e.Err }
 
+// HeldError is a backend's refusal where live processes own tables under all of our
+// names.
+func HeldError(ns *Namespace, backend string) error {
+	return &Error{Kind: KindHeld, Op: "lock", Namespace: ns.String(), Backend: backend,
+		Err: errors.New("live processes own tables under both of our names"), Hint: "find them with nft list ruleset in the namespace, and end them"}
+}
+
 // KindOf returns the kind of the first *Error in err's tree, and KindOther if
 // there is none. It must not be asked about nil.
 func KindOf(err error) Kind {

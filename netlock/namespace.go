@@ -213,10 +213,11 @@ func (ns *Namespace) check() error {
 		}
 		return o.Ino == st.Ino && o.Dev == st.Dev, nil
 	}
-	own, err := same("/proc/self/ns/net")
+	// Not /proc/self: the main thread may be in another namespace, in a Do.
+	own, err := same("/proc/thread-self/ns/net")
 	switch {
 	case err != nil:
-		return &Error{Kind: KindOther, Op: "stat /proc/self/ns/net", Namespace: ns.String(), Err: err, Hint: "/proc must be mounted"}
+		return &Error{Kind: KindOther, Op: "stat /proc/thread-self/ns/net", Namespace: ns.String(), Err: err, Hint: "/proc must be mounted"}
 	case own:
 		return &Error{Kind: KindRefused, Op: "open", Namespace: ns.String(), Err: ErrOwnNamespace, Hint: "CRIU locks no task that shares its namespace"}
 	case st.Ino == initialNetIno:

@@ -68,6 +68,9 @@ type State struct {
 	Caller                Caller
 	// Why says in words what keeps the lock from being intact.
 	Why string
+	// Held: live processes own tables under all of our names, and Lock would fail with
+	// KindHeld.
+	Held bool
 }
 
 // Backend is one way to lock. All methods are idempotent and safe side by side
@@ -191,6 +194,7 @@ func each(backends []Backend, f func(Backend) (State, error)) (State, error) {
 		if err != nil {
 			errs = append(errs, err)
 		}
+		held := sum.Held || st.Held
 		switch {
 		case !st.Found:
 		case !sum.Found:
@@ -202,6 +206,7 @@ func each(backends []Backend, f func(Backend) (State, error)) (State, error) {
 			sum.DroppedIn += st.DroppedIn
 			sum.DroppedOut += st.DroppedOut
 		}
+		sum.Held = held
 	}
 	return sum, errors.Join(errs...)
 }

@@ -386,9 +386,7 @@ func (s *session) lock(text string) (already bool, err error) {
 		}
 		name, replace, ok := place(mine, held)
 		if !ok {
-			return false, &netlock.Error{Kind: netlock.KindHeld, Op: "create table", Namespace: s.ns.String(), Backend: Name,
-				Err:  fmt.Errorf("tables %s and %s belong to a live process", tableNames[0], tableNames[1]),
-				Hint: "find it with nft list ruleset in the namespace, and end it"}
+			return false, netlock.HeldError(s.ns, Name)
 		}
 		if try >= calmTries {
 			gen = 0
@@ -599,8 +597,10 @@ func (b *Backend) State(ctx context.Context, ns *netlock.Namespace, o netlock.Op
 		if err != nil {
 			return err
 		}
-		mine, _, err := s.views(ours)
+		mine, held, err := s.views(ours)
 		st = state(mine)
+		_, _, free := place(mine, held)
+		st.Held = !free
 		return err
 	})
 	return st, err

@@ -418,6 +418,8 @@ func (k *checker) targets(cfg config.Config, ts []target) {
 		switch {
 		case err != nil:
 			k.fail(netlock.KindOf(err), what, "", "%v", err)
+		case st.Held:
+			k.fail(netlock.KindHeld, what, "end them", "live processes own tables under both of our names")
 		case st.Locked && st.Intact:
 			k.ok(what, "can be locked; is locked now, by %s since %s", st.Backend, st.Since.UTC().Format(time.RFC3339))
 		case st.Found:

@@ -212,7 +212,10 @@ func (h *Handler) Handle(ctx context.Context, ev Event) (rep Report, err error) 
 		if err != nil {
 			return rep, err
 		}
-		_, err = h.Locker.State(ctx, ns)
+		st, err := h.Locker.State(ctx, ns)
+		if err == nil && st.Held {
+			err = netlock.HeldError(ns, rep.Backend)
+		}
 		return rep, err
 
 	case Lock, Ensure, EnsureRemovable:

@@ -234,6 +234,9 @@ func bothOwned(t *testing.T, c Config, tr *Traffic) {
 	if err == nil || netlock.KindOf(err) != netlock.KindHeld {
 		t.Errorf("lock: %v", err)
 	}
+	if st, err := s.b.State(t.Context(), s.ns, s.o); err != nil || !st.Held {
+		t.Errorf("state: %+v, %v; a lock before the freeze cannot be warned of", st, err)
+	}
 	if st, err := s.b.Unlock(t.Context(), s.ns, s.o); err != nil || st.Locked || st.Intact {
 		t.Errorf("unlock: %+v, %v", st, err)
 	}
