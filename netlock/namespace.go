@@ -94,7 +94,11 @@ func netnsOfPidfd(pidfd int) (int, error) {
 	default:
 		return -1, errno
 	}
-	// Without the ioctl the way leads through a thread that joins the task's namespace.
+	return netnsBySetns(pidfd)
+}
+
+// netnsBySetns sends a thread into the task's namespace, to open it from there.
+func netnsBySetns(pidfd int) (int, error) {
 	out, err := -1, error(nil)
 	inThread(func() error { return unix.Setns(pidfd, unix.CLONE_NEWNET) }, func() {
 		var h netns.NsHandle

@@ -228,3 +228,33 @@ func TestFromFDRefuses(t *testing.T) {
 	ns, err := netlock.FromFD(-1)
 	wantKind(t, ns, err, netlock.KindInput, "")
 }
+
+// A Do can run on the main thread, whose namespace /proc/self/ns/net is: meanwhile the
+// namespace must not pass for our own.
+func TestFromPIDBesideDo(t *testing.T) {
+	netlocktest.Need(t)
+	n := netlocktest.NewNS(t)
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	for range 16 {
+		wg.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+					_ = n.Do(func() error { runtime.Gosched(); return nil })
+				}
+			}
+		})
+	}
+	defer wg.Wait()
+	defer close(stop)
+	for range 2000 {
+		ns, err := netlock.FromPID(n.PID())
+		if err != nil {
+			t.Fatal(err)
+		}
+		ns.Close()
+	}
+}
