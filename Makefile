@@ -9,6 +9,9 @@ LINT    := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.12.2
 # What is slow to make is kept here, outside the checkout, and made anew when missing.
 CACHE   ?= /var/cache/criu-netlock
 
+# Where Debian keeps nft, ip and the others, which root does not always have.
+export PATH := $(PATH):/usr/sbin:/sbin
+
 # Start-up time is spent while a container is frozen: no cgo, no symbol tables.
 export CGO_ENABLED := 0
 GOFLAGS_BUILD := -trimpath -ldflags "-s -w -X main.version=$(VERSION)"
@@ -25,6 +28,8 @@ build: deps-go ## build bin/criu-netlock
 install: build ## install the program to PREFIX/sbin (/usr/local/sbin)
 	install -D -m 0755 bin/criu-netlock $(DESTDIR)$(PREFIX)/sbin/criu-netlock
 
+# A test that cannot run here for want of root or a tool fails.
+test: export CI = true
 test: deps ## all tests: units, fuzzing, the kernel, real CRIU and runc
 	$(GO) vet ./...
 	$(GO) test -p 1 -count=1 -timeout 30m ./...
@@ -55,7 +60,7 @@ demo: deps ## checkpoint and restore a container with a live connection
 	$(GO) run ./e2e/demo
 
 deps: deps-go ## install Debian's packages that the tests need, if they are missing
-	@need=; have() { PATH=$$PATH:/usr/sbin:/sbin command -v $$1 >/dev/null; }; \
+	@need=; have() { command -v $$1 >/dev/null; }; \
 	have nft || need="$$need nftables"; \
 	have iptables-legacy-restore || need="$$need iptables"; \
 	have ip || need="$$need iproute2"; \
@@ -67,8 +72,11 @@ deps: deps-go ## install Debian's packages that the tests need, if they are miss
 
 .PHONY: deps-go
 deps-go:
-	@command -v $(GO) >/dev/null || { apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends golang-go ca-certificates; }
-	@$(GO) version >/dev/null || { echo "criu-netlock needs Go 1.25, or a Go from 1.21 on that can fetch it"; exit 1; }
+	@command -v $(GO) >/dev/null || { apt-get update -q; \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends -t bookworm-backports golang-go ca-certificates 2>/dev/null || \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends golang-go ca-certificates; }
+	@case $$($(GO) env GOVERSION) in go1.[0-9]|go1.[0-9].*|go1.1[0-9]*|go1.20*|"") \
+	  echo "criu-netlock needs Go 1.25, or a Go from 1.21 on, which fetches it; this is $$($(GO) version)" >&2; exit 1;; esac
 
 clean: ## remove what was built here; CACHE stays
 	rm -rf bin

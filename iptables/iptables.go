@@ -120,7 +120,7 @@ func (b *Backend) in(ctx context.Context, ns *netlock.Namespace, o netlock.Optio
 				return err
 			}
 		}
-		s.comment, s.useless = comment(b.now(), o.Caller), map[spot]bool{}
+		s.comment, s.useless = netlock.Comment(b.now(), o.Caller), map[spot]bool{}
 		has, err := b.ipv6()
 		if err != nil {
 			return s.fail(b.variant, "look for IPv6", err)

@@ -4,7 +4,6 @@ package iptables
 // there, and the iptables-restore input that changes one into the other.
 
 import (
-	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -20,9 +19,6 @@ const (
 	chainIn  = "CRIU-NETLOCK-IN"
 	chainOut = "CRIU-NETLOCK-OUT"
 )
-
-// formatVersion is the first word of a lock's metadata; it changes with the rules.
-const formatVersion = "1"
 
 // criuMark marks the TCP segments that CRIU injects over lo.
 const criuMark = "0xc114"
@@ -87,45 +83,8 @@ func allowSpec(r netlock.Rule) string {
 	return strings.Join(append(w, "-j", "ACCEPT"), " ")
 }
 
-// comment is a lock's metadata; it travels in the rule set, through an image too.
-func comment(now time.Time, c netlock.Caller) string {
-	return strings.Join([]string{
-		"criu-netlock", formatVersion, now.UTC().Format(time.RFC3339), strconv.Itoa(c.PID), cleanName(c.Name)}, " ")
-}
-
 // dropSpec is the last rule of both chains.
 func dropSpec(comment string) string { return `-m comment --comment "` + comment + `" -j DROP` }
-
-// cleanName keeps a task's name, which the task chooses, from ending the comment.
-func cleanName(s string) string {
-	b := []byte(s)
-	for i, c := range b {
-		switch {
-		case c >= 'a' && c <= 'z', c >= 'A' && c <= 'Z', c >= '0' && c <= '9', c == '.', c == '_', c == '-':
-		default:
-			b[i] = '_'
-		}
-	}
-	if len(b) == 0 {
-		return "-"
-	}
-	return string(b[:min(len(b), 15)])
-}
-
-func parseComment(s string) (since time.Time, c netlock.Caller, err error) {
-	f := strings.Split(s, " ")
-	if len(f) != 5 || f[0] != "criu-netlock" || f[1] != formatVersion {
-		return since, c, errors.New("no metadata of ours")
-	}
-	if since, err = time.Parse(time.RFC3339, f[2]); err != nil {
-		return since, c, errors.New("metadata with a wrong time")
-	}
-	if c.PID, err = strconv.Atoi(f[3]); err != nil || f[4] != cleanName(f[4]) {
-		return since, netlock.Caller{}, errors.New("metadata with a wrong caller")
-	}
-	c.Name = f[4]
-	return since, c, nil
-}
 
 // rule is one line of iptables-save.
 type rule struct {
@@ -346,7 +305,7 @@ func (t table) judge(v6 bool, allow []netlock.Rule, dead string) view {
 				continue
 			}
 			drops = true
-			since, caller, err := parseComment(r.comment)
+			since, caller, err := netlock.ParseComment(r.comment)
 			if err != nil {
 				blame(true, "has %v in chain %s", err, chain)
 			} else if v.comment == "" {

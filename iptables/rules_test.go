@@ -14,26 +14,6 @@ import (
 
 var moment = time.Date(2026, 11, 23, 15, 13, 55, 0, time.UTC)
 
-func TestComment(t *testing.T) {
-	for name, want := range map[string]string{
-		"criu": "criu", "": "-", "a b\"c\nCOMMIT": "a_b_c_COMMIT", "much-too-long-a-name": "much-too-long-a", "é": "__",
-	} {
-		text := comment(moment, netlock.Caller{PID: 7, Name: name})
-		since, c, err := parseComment(text)
-		if err != nil || !since.Equal(moment) || c != (netlock.Caller{PID: 7, Name: want}) {
-			t.Errorf("%q became %q, read as %v %v %v", name, text, since, c, err)
-		}
-	}
-	for _, bad := range []string{
-		"", "criu-netlock", "criu-netlock 2 2026-11-23T15:13:55Z 7 criu", "criu-netlock 1 yesterday 7 criu",
-		"criu-netlock 1 2026-11-23T15:13:55Z seven criu", "criu-netlock 1 2026-11-23T15:13:55Z 7 a/b", "criu-netlock 1 2026-11-23T15:13:55Z 7 a b",
-	} {
-		if _, _, err := parseComment(bad); err == nil {
-			t.Errorf("%q passed for metadata", bad)
-		}
-	}
-}
-
 func TestParseMatch(t *testing.T) {
 	for spec, want := range map[string]match{
 		"-j DROP": {target: "DROP"},
@@ -87,13 +67,13 @@ func lockText(name string) string {
 		for _, s := range specs(c, false, nil) {
 			b.WriteString("[0:0] -A " + c + " " + s + "\n")
 		}
-		b.WriteString([]string{"[3:180]", "[4:240]"}[i] + " -A " + c + " " + dropSpec(comment(moment, netlock.Caller{PID: 7, Name: "criu"})) + "\n")
+		b.WriteString([]string{"[3:180]", "[4:240]"}[i] + " -A " + c + " " + dropSpec(netlock.Comment(moment, netlock.Caller{PID: 7, Name: "criu"})) + "\n")
 	}
 	return b.String() + "COMMIT\n"
 }
 
 func TestJudge(t *testing.T) {
-	drop := dropSpec(comment(moment, netlock.Caller{PID: 7, Name: "criu"}))
+	drop := dropSpec(netlock.Comment(moment, netlock.Caller{PID: 7, Name: "criu"}))
 	accept := "-A " + chainIn + " -i lo -p tcp"
 	for name, c := range map[string]struct {
 		table    string
@@ -144,7 +124,7 @@ func TestJudge(t *testing.T) {
 }
 
 func TestInputs(t *testing.T) {
-	c := comment(moment, netlock.Caller{PID: 7, Name: "criu"})
+	c := netlock.Comment(moment, netlock.Caller{PID: 7, Name: "criu"})
 	tab := parseSave(`*raw
 :PREROUTING ACCEPT [0:0]
 :OUTPUT ACCEPT [0:0]

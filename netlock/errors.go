@@ -27,7 +27,7 @@ const (
 	KindNoBackend Kind = 6
 	// KindHeld: tables owned by live processes bear all of our names.
 	KindHeld Kind = 7
-	// KindDeadline: the deadline passed, and what had been done was undone.
+	// KindDeadline: the deadline passed. A lock that was begun was taken back.
 	KindDeadline Kind = 8
 	// KindTampered: unlocked, but the lock was no longer what we had put there.
 	KindTampered Kind = 9

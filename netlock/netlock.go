@@ -9,10 +9,10 @@
 //	ns, err := netlock.FromPID(pid)
 //	if err != nil { … }
 //	defer ns.Close()
-//	l := netlock.New(nft.New(), iptables.New())
+//	l := netlock.New(nft.New(), iptables.New(iptables.Legacy))
 //	res, err := l.Lock(ctx, ns)
 //	…
-//	err = l.Unlock(ctx, ns)
+//	st, err := l.Unlock(ctx, ns)
 //
 // The state is in the kernel, in the rule set itself; nothing is kept in files.
 package netlock

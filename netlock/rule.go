@@ -48,8 +48,7 @@ func ParseRule(s string) (Rule, error) {
 	}
 	switch {
 	case len(s) > MaxRuleLen:
-		toks = nil
-		return Rule{}, &RuleError{Rule: s[:32] + "…", Column: MaxRuleLen + 1, Msg: fmt.Sprintf("longer than %d bytes", MaxRuleLen)}
+		return Rule{}, &RuleError{Rule: strings.ToValidUTF8(s[:32], "") + "…", Column: MaxRuleLen + 1, Msg: fmt.Sprintf("longer than %d bytes", MaxRuleLen)}
 	case len(toks) == 0:
 		return fail(0, "empty rule")
 	}

@@ -7,7 +7,7 @@
 //   - A lock is created, never changed: replacing a table in place lets packets
 //     through, so a successor goes in under the second name before the other goes.
 //   - Closing a socket that deleted a table waits 7 to 23 ms for an RCU grace period
-//     after the traffic flows again. Release says who does that.
+//     after the traffic flows again. WithRelease says who does that.
 package nft
 
 import (
@@ -166,7 +166,7 @@ func (s *session) fail(op string, err error) error {
 	case errors.As(err, new(*netlock.Error)):
 		return err
 	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
-		e.Kind, e.Hint = netlock.KindDeadline, "nothing is left of it; raise the timeout"
+		e.Kind, e.Hint = netlock.KindDeadline, "raise the timeout"
 	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
 		e.Kind, e.Hint = netlock.KindPrivilege, netlock.MissingCapability(unix.CAP_NET_ADMIN)
 	case errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EPROTONOSUPPORT), errors.Is(err, unix.EAFNOSUPPORT),
@@ -360,7 +360,7 @@ const calmTries = 8
 // Lock makes sure that exactly one lock, exactly ours, is in force.
 func (b *Backend) Lock(ctx context.Context, ns *netlock.Namespace, o netlock.Options) (res netlock.Result, err error) {
 	res.Backend = Name
-	text := comment(b.now(), o.Caller)
+	text := netlock.Comment(b.now(), o.Caller)
 	err = b.in(ctx, ns, o, func(s *session) error {
 		res.Already, err = s.lock(text)
 		return err
@@ -445,7 +445,7 @@ func (s *session) settle(err error, name, text string) (created bool, _ error) {
 		return false, s.markHeld(name)
 	case errors.Is(err, unix.ERESTART), errors.Is(err, unix.EEXIST), errors.Is(err, unix.EBUSY):
 		return false, s.ctxErr("create table " + name)
-	case errors.Is(err, unix.EINVAL) && !s.noDestroy && errors.As(err, &batch) && batch.Cmd == 26:
+	case errors.Is(err, unix.EINVAL) && !s.noDestroy && errors.As(err, &batch) && batch.IsDestroy():
 		s.noDestroy = true
 		return false, nil
 	}
@@ -572,9 +572,11 @@ func (b *Backend) Unlock(ctx context.Context, ns *netlock.Namespace, o netlock.O
 				if err != nil && netlock.KindOf(err) == netlock.KindDeadline {
 					return err
 				}
-				// A table that cannot be read is removed all the same.
 				st = state(mine)
 				st.Found = len(left) > 0
+				if err != nil { // what cannot be read is removed all the same
+					st.Intact, st.Why = false, err.Error()
+				}
 			}
 			if len(left) == 0 {
 				return nil

@@ -412,7 +412,7 @@ func judge(t table, chainObjs [2]*nfnl.Object, rules []rule, wants texts) view {
 			if last {
 				var err error
 				v.text = r.comment
-				if v.since, v.caller, err = parseComment(r.comment); err != nil {
+				if v.since, v.caller, err = netlock.ParseComment(r.comment); err != nil {
 					blame(true, "has %v in chain %s", err, c.name)
 				}
 			}

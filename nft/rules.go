@@ -2,11 +2,7 @@ package nft
 
 import (
 	"encoding/binary"
-	"errors"
 	"net/netip"
-	"strconv"
-	"strings"
-	"time"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
@@ -19,9 +15,6 @@ import (
 // The names of our table. The second is for when the first is taken: by a live
 // owner, or by something that has to stay until its successor is in force.
 var tableNames = [2]string{"criu-netlock", "criu-netlock-2"}
-
-// FormatVersion is the first word of a lock's metadata; it changes with the rules.
-const FormatVersion = "1"
 
 // criuMark is SOCCR_MARK: CRIU marks the TCP segments that it injects to rebuild
 // half-closed sockets, and they travel over lo to the container's own address.
@@ -137,44 +130,6 @@ func addr(p netip.Prefix, off uint32) []expr.Any {
 		&expr.Bitwise{SourceRegister: unix.NFT_REG_1, DestRegister: unix.NFT_REG_1, Len: uint32(len(a)), Mask: mask, Xor: make([]byte, len(a))},
 		eq(a),
 	}
-}
-
-// comment is a lock's metadata; it travels in the rule set, through an image too.
-func comment(now time.Time, c netlock.Caller) string {
-	return strings.Join([]string{
-		"criu-netlock", FormatVersion, now.UTC().Format(time.RFC3339), strconv.Itoa(c.PID), cleanName(c.Name)}, " ")
-}
-
-// cleanName keeps a task's name, which the task chooses, from ending the comment
-// or the line when nft prints it.
-func cleanName(s string) string {
-	b := []byte(s)
-	for i, c := range b {
-		switch {
-		case c >= 'a' && c <= 'z', c >= 'A' && c <= 'Z', c >= '0' && c <= '9', c == '.', c == '_', c == '-':
-		default:
-			b[i] = '_'
-		}
-	}
-	if len(b) == 0 {
-		return "-"
-	}
-	return string(b[:min(len(b), 15)])
-}
-
-func parseComment(s string) (since time.Time, c netlock.Caller, err error) {
-	f := strings.Split(s, " ")
-	if len(f) != 5 || f[0] != "criu-netlock" || f[1] != FormatVersion {
-		return since, c, errors.New("no metadata of ours")
-	}
-	if since, err = time.Parse(time.RFC3339, f[2]); err != nil {
-		return since, c, errors.New("metadata with a wrong time")
-	}
-	if c.PID, err = strconv.Atoi(f[3]); err != nil || f[4] != cleanName(f[4]) {
-		return since, netlock.Caller{}, errors.New("metadata with a wrong caller")
-	}
-	c.Name = f[4]
-	return since, c, nil
 }
 
 // addLock puts a whole lock into a batch.

@@ -1,38 +1,12 @@
 package nft
 
 import (
-	"strings"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 
-	"github.com/criu-netlock/criu-netlock/netlock"
 	"github.com/criu-netlock/criu-netlock/nft/nfnl"
 )
-
-func TestCommentRoundTrip(t *testing.T) {
-	now := time.Date(2026, 11, 23, 15, 13, 55, 999, time.UTC)
-	for _, name := range []string{"criu", "", "a b", "x\"; accept\n", strings.Repeat("n", 40), "naïve", "$(id)"} {
-		text := comment(now, netlock.Caller{PID: 42, Name: name})
-		if len(text) > 127 {
-			t.Errorf("%q: %d bytes, nft's limit is 127", text, len(text))
-		}
-		if strings.ContainsAny(text, "\"\n\\") {
-			t.Errorf("%q would end nft's string", text)
-		}
-		since, c, err := parseComment(text)
-		if err != nil || !since.Equal(now.Truncate(time.Second)) || c.PID != 42 || c.Name != cleanName(name) {
-			t.Errorf("%q reads back as %v %v %v", text, since, c, err)
-		}
-	}
-	for _, bad := range []string{"", "criu-netlock", "criu-netlock 2 2026-11-23T15:13:55Z 1 criu", "criu-netlock 1 yesterday 1 criu",
-		"criu-netlock 1 2026-11-23T15:13:55Z x criu", "criu-netlock 1 2026-11-23T15:13:55Z 1 a\"b", "criu-netlock 1 2026-11-23T15:13:55Z 1 criu more"} {
-		if _, _, err := parseComment(bad); err == nil {
-			t.Errorf("%q passes for our metadata", bad)
-		}
-	}
-}
 
 func TestPlace(t *testing.T) {
 	tab := func(name string, family uint8) table { return table{name: name, family: family} }

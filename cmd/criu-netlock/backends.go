@@ -58,4 +58,4 @@ func (v variant) Unlock(ctx context.Context, ns *netlock.Namespace) (netlock.Sta
 }
 
 // ruleSetFormat is the version of the rules that a lock consists of.
-const ruleSetFormat = nft.FormatVersion
+const ruleSetFormat = netlock.FormatVersion

@@ -49,7 +49,9 @@ const (
 	Lock
 	// Ensure that exactly one lock, ours, is in force in the task's namespace.
 	Ensure
-	// EnsureRemovable is Ensure, and the lock can be taken off again.
+	// EnsureRemovable is Ensure, loud if the lock had gone, and the lock can be taken
+	// off again: one that reads as intact has no owner but the namespace, and reading it
+	// takes the privilege that deleting takes.
 	EnsureRemovable
 	// Unlock the task's namespace.
 	Unlock

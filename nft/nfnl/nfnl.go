@@ -170,6 +170,9 @@ func (e *BatchError) Error() string {
 
 func (e *BatchError) Unwrap() error { return e.Errno }
 
+// IsDestroy tells whether it was a "destroy", which Linux knows since 6.3.
+func (e *BatchError) IsDestroy() bool { return e.Index > 0 && e.Cmd == msgDestroyTable }
+
 // IsNewChain tells whether it was a chain that the kernel refused.
 func (e *BatchError) IsNewChain() bool { return e.Index > 0 && e.Cmd == unix.NFT_MSG_NEWCHAIN }
 
