@@ -38,8 +38,17 @@ func trial(ctx context.Context, l locker) (netlock.Result, error) {
 
 // throwaway makes a network namespace that ends with its handle.
 func throwaway() (*netlock.Namespace, error) {
+	fd, err := throwawayFD()
+	if err != nil {
+		return nil, err
+	}
+	defer unix.Close(fd)
+	return netlock.FromFD(fd) // from this thread: to the one that made it, it is its own
+}
+
+func throwawayFD() (int, error) {
 	type answer struct {
-		ns  *netlock.Namespace
+		fd  int
 		err error
 	}
 	made := make(chan answer)
@@ -49,19 +58,19 @@ func throwaway() (*netlock.Namespace, error) {
 			// The main thread cannot die, and /proc/self/ns/net is its namespace. While
 			// this goroutine keeps it, another one gets another thread.
 			defer runtime.UnlockOSThread()
-			ns, err := throwaway()
-			made <- answer{ns, err}
+			fd, err := throwawayFD()
+			made <- answer{fd, err}
 			return
 		}
-		ns, err := unshareNet()
-		made <- answer{ns, err}
+		fd, err := unshareNet()
+		made <- answer{fd, err}
 	}()
 	a := <-made
-	return a.ns, a.err
+	return a.fd, a.err
 }
 
-func unshareNet() (*netlock.Namespace, error) {
-	fail := func(op string, err error) (*netlock.Namespace, error) {
+func unshareNet() (int, error) {
+	fail := func(op string, err error) (int, error) {
 		e := &netlock.Error{Kind: netlock.KindOther, Op: op, Namespace: "trial", Err: err}
 		switch err {
 		case unix.EPERM:
@@ -71,7 +80,7 @@ func unshareNet() (*netlock.Namespace, error) {
 		case unix.EINVAL:
 			e.Kind, e.Hint = netlock.KindNoBackend, "the kernel has no network namespaces"
 		}
-		return nil, e
+		return -1, e
 	}
 	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 		return fail("unshare", err)
@@ -80,6 +89,5 @@ func unshareNet() (*netlock.Namespace, error) {
 	if err != nil {
 		return fail("open /proc/thread-self/ns/net", err)
 	}
-	defer unix.Close(fd)
-	return netlock.FromFD(fd)
+	return fd, nil
 }
