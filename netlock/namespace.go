@@ -7,6 +7,7 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+	"sync/atomic"
 
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
@@ -20,6 +21,8 @@ type Namespace struct {
 	h    netns.NsHandle
 	ino  uint64
 	name string // what it was opened by: "pid 123", a path
+	// inside is the thread of the last Do that is still in its function; 0 for none.
+	inside atomic.Int32
 }
 
 // ErrOwnNamespace is wrapped by the refusal of the caller's own namespace.
@@ -273,8 +276,13 @@ func (ns *Namespace) String() string {
 
 // Do runs f on an OS thread that is in the namespace, and in no other goroutine:
 // sockets and processes that f makes belong to the namespace. The thread goes
-// back afterwards; one that cannot go back dies.
+// back afterwards; one that cannot go back dies. A Do within a Do of the same
+// Namespace stays where it is.
 func (ns *Namespace) Do(f func() error) error {
+	// Only the goroutine that is locked to that thread can find itself on it.
+	if tid := ns.inside.Load(); tid != 0 && int(tid) == unix.Gettid() {
+		return f()
+	}
 	var err error
 	inThread(func() error {
 		if e := netns.Set(ns.h); e != nil {
@@ -285,7 +293,13 @@ func (ns *Namespace) Do(f func() error) error {
 			return &Error{Kind: kind, Op: "setns", Namespace: ns.String(), Err: e, Hint: hint}
 		}
 		return nil
-	}, func() { err = f() }, &err)
+	}, func() {
+		tid := int32(unix.Gettid())
+		ns.inside.Store(tid)
+		// Another Do may have stored its own meanwhile, which is not ours to clear.
+		defer ns.inside.CompareAndSwap(tid, 0)
+		err = f()
+	}, &err)
 	return err
 }
 

@@ -206,49 +206,75 @@ func (h *Handler) Handle(ctx context.Context, ev Event) (rep Report, err error) 
 	}
 	defer ns.Close()
 	rep.Netns = ns.Inode()
-
 	switch op {
 	case CheckTask:
-		res, err := h.Trial(ctx)
-		rep.Backend, rep.Result = res.Backend, "possible"
-		if err != nil {
-			return rep, err
-		}
-		st, err := h.Locker.State(ctx, ns)
-		if err == nil && st.Held {
-			err = netlock.HeldError(ns, rep.Backend)
-		}
-		return rep, err
-
+		err = h.check(ctx, ns, &rep)
 	case Lock, Ensure, EnsureRemovable:
-		if op == EnsureRemovable {
-			// After the sockets are there a lock that had been taken away is worth a word.
-			st, err := h.Locker.State(ctx, ns)
-			if err != nil {
-				return rep, err
-			}
-			rep.Loud = !st.Locked
-		}
-		res, err := h.Locker.Lock(ctx, ns)
-		rep.Backend, rep.Result = res.Backend, "locked"
-		switch {
-		case rep.Loud:
-			rep.Result = "the lock had been removed; locked again"
-		case res.Already:
-			rep.Result = "already locked"
-		}
-		return rep, err
-
+		// One way into the namespace for all that is done there.
+		err = ns.Do(func() error { return h.lock(ctx, ns, op, &rep) })
 	case Unlock, Sweep:
-		st, err := h.Locker.Unlock(ctx, ns)
-		rep.Backend, rep.Result = st.Backend, "not locked"
-		if st.Found {
-			rep.Result = "unlocked"
-			if op == Sweep {
-				rep.Result, rep.Loud = "a lock was left after network-unlock; removed", true
-			}
-		}
-		return rep, err
+		err = ns.Do(func() error { return h.unlock(ctx, ns, op, &rep) })
+	default:
+		err = fmt.Errorf("action %s: operation %d has no code", ev.Action, op)
 	}
-	return rep, fmt.Errorf("action %s: operation %d has no code", ev.Action, op)
+	return rep, err
+}
+
+func (h *Handler) check(ctx context.Context, ns *netlock.Namespace, rep *Report) error {
+	res, err := h.Trial(ctx)
+	if err != nil {
+		return err
+	}
+	st, err := h.Locker.State(ctx, ns)
+	if err != nil {
+		return err
+	}
+	if st.Held {
+		return netlock.HeldError(ns, res.Backend)
+	}
+	rep.Backend, rep.Result = res.Backend, "possible"
+	return nil
+}
+
+func (h *Handler) lock(ctx context.Context, ns *netlock.Namespace, op Op, rep *Report) error {
+	if op == EnsureRemovable {
+		// After the sockets are there a lock that had been taken away is worth a word.
+		st, err := h.Locker.State(ctx, ns)
+		if err != nil {
+			return err
+		}
+		rep.Loud = !st.Locked
+	}
+	res, err := h.Locker.Lock(ctx, ns)
+	if err != nil {
+		return err
+	}
+	rep.Backend = res.Backend
+	switch {
+	case rep.Loud:
+		rep.Result = "the lock had been removed; locked again"
+	case res.Already:
+		rep.Result = "already locked"
+	default:
+		rep.Result = "locked"
+	}
+	return nil
+}
+
+// unlock reports what was found beside the error that tells of tampering.
+func (h *Handler) unlock(ctx context.Context, ns *netlock.Namespace, op Op, rep *Report) error {
+	st, err := h.Locker.Unlock(ctx, ns)
+	if err != nil && netlock.KindOf(err) != netlock.KindTampered {
+		return err
+	}
+	rep.Backend = st.Backend
+	switch {
+	case !st.Found:
+		rep.Result = "not locked"
+	case op == Sweep:
+		rep.Result, rep.Loud = "a lock was left after network-unlock; removed", true
+	default:
+		rep.Result = "unlocked"
+	}
+	return err
 }
