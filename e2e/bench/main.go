@@ -39,7 +39,6 @@ func main() {
 }
 
 func run(parts string, rounds, dumps int) error {
-	runtime.LockOSThread()
 	dir, err := os.MkdirTemp("", "criu-netlock-bench")
 	if err != nil {
 		return err
@@ -95,6 +94,10 @@ type benchNS struct {
 }
 
 func newNS() (*benchNS, error) {
+	// Only while threads are sent about: a caller of Lock is bound to no thread, and a
+	// bound one would be measured with two switches of threads more.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
 	own, err := netns.Get()
 	if err != nil {
 		return nil, err
@@ -106,7 +109,6 @@ func newNS() (*benchNS, error) {
 	}
 	fresh.Close()
 	n := &benchNS{child: exec.Command("sleep", "3600")}
-	n.child.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	err = n.child.Start()
 	if e := netns.Set(own); e != nil {
 		return nil, e
@@ -299,12 +301,18 @@ func cycle(b netlock.Backend, ns *netlock.Namespace, wait func()) (lock, unlock 
 	return t1.Sub(t0), t2.Sub(t1), nil
 }
 
+// inProcess goes round many namespaces, so that no lock has to wait for the clean-up
+// after the unlock before it in the same one, and no processor goes to sleep.
 func inProcess(rounds int) error {
-	n, err := newNS()
-	if err != nil {
-		return err
+	var all []*benchNS
+	for range 40 {
+		n, err := newNS()
+		if err != nil {
+			return err
+		}
+		defer n.close()
+		all = append(all, n)
 	}
-	defer n.close()
 	nb := nft.New()
 	rows := []struct {
 		name   string
@@ -312,19 +320,43 @@ func inProcess(rounds int) error {
 		wait   func()
 		rounds int
 	}{
-		{"nft", nb, nb.Wait, rounds},
-		{"iptables, legacy", iptables.New(iptables.Legacy), func() {}, rounds / 10},
-		{"iptables, nft", iptables.New(iptables.NFT), func() {}, rounds / 10},
+		{"nft", nb, nb.Wait, rounds/len(all) + 2},
+		{"iptables, legacy", iptables.New(iptables.Legacy), func() {}, 1},
+		{"iptables, nft", iptables.New(iptables.NFT), func() {}, 1},
 	}
 	fmt.Println("| in a process that lives on, to the acknowledgement | lock | unlock |\n|---|---|---|")
 	for _, r := range rows {
 		var l, u []time.Duration
-		for range max(r.rounds, 5) {
-			a, b, err := cycle(r.b, n.ns, r.wait)
+		timed := func(f func(context.Context, *netlock.Namespace) error) ([]time.Duration, error) {
+			ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+			defer cancel()
+			var out []time.Duration
+			for _, n := range all {
+				start := time.Now()
+				if err := f(ctx, n.ns); err != nil {
+					return nil, err
+				}
+				out = append(out, time.Since(start))
+			}
+			return out, nil
+		}
+		for range r.rounds {
+			d, err := timed(func(ctx context.Context, ns *netlock.Namespace) error {
+				_, err := r.b.Lock(ctx, ns, netlock.Options{})
+				return err
+			})
 			if err != nil {
 				return err
 			}
-			l, u = append(l, a), append(u, b)
+			l = append(l, d...)
+			if d, err = timed(func(ctx context.Context, ns *netlock.Namespace) error {
+				_, err := r.b.Unlock(ctx, ns, netlock.Options{})
+				return err
+			}); err != nil {
+				return err
+			}
+			u = append(u, d...)
+			r.wait()
 		}
 		fmt.Printf("| %s | %s | %s |\n", r.name, us(median(l)), us(median(u)))
 	}
@@ -393,6 +425,7 @@ func many(count int) error {
 			ns.Close()
 		}
 	}()
+	runtime.LockOSThread()
 	own, err := netns.Get()
 	if err != nil {
 		return err
@@ -413,6 +446,7 @@ func many(count int) error {
 		}
 		all = append(all, ns)
 	}
+	runtime.UnlockOSThread()
 	b := nft.New()
 	var locks, unlocks, closes []time.Duration
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
