@@ -6,7 +6,9 @@ package netlocktest
 import (
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"net"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -39,7 +41,7 @@ const (
 )
 
 // perPhase is how many packets at least are sent in every open and locked phase.
-const perPhase = 4
+const perPhase = 250
 
 // FloodRepair floods a lock whose rules get doubled, as by the restore of an image,
 // and are replaced by another Lock: between the two there is no gap either.
@@ -47,77 +49,124 @@ func FloodRepair(t *testing.T, c Config, cycles int) {
 	t.Helper()
 	p := NewPair(t)
 	s := c.on(t, p.Inside)
-	flood(t, p,
-		func() error { s.lock(); return nil },
-		func() error {
+	flood{
+		lock: func() error { s.lock(); return nil },
+		locked: func() error {
 			c.Replay(p.Inside)
 			if res := s.lock(); res.Already {
 				return errors.New("doubled rules were left alone")
 			}
 			return nil
 		},
-		func() error { s.unlock(); return nil },
-		cycles)
+		unlock: func() error { s.unlock(); return nil },
+		cycles: cycles, wait: untilTime,
+	}.check(t, p)
 }
 
 // FloodFunc floods Inside from Peer while lock and unlock take turns.
 func FloodFunc(t *testing.T, p *Pair, lock, unlock func() error, cycles int) {
 	t.Helper()
-	flood(t, p, lock, func() error { return nil }, unlock, cycles)
+	flood{lock: lock, locked: func() error { return nil }, unlock: unlock, cycles: cycles, wait: untilTime}.check(t, p)
 }
 
-func flood(t *testing.T, p *Pair, lock, locked, unlock func() error, cycles int) {
+// flood is what goes on under the packets.
+type flood struct {
+	// locked is done between lock and unlock.
+	lock, locked, unlock func() error
+	cycles               int
+	// wait is how long a packet that nothing stops may take.
+	wait time.Duration
+}
+
+// tally is what came of a flood.
+type tally struct {
+	sent         [phases + 1]int
+	leaked, lost int
+	overflow     uint32
+}
+
+func (f flood) check(t *testing.T, p *Pair) {
+	t.Helper()
+	c, err := f.run(t, p)
+	t.Logf("%d cycles: %d packets while locked, %d came; %d while open, %d lost; %d meanwhile",
+		f.cycles, c.sent[phaseLocked], c.leaked, c.sent[phaseOpen], c.lost, c.sent[phaseLocking]+c.sent[phaseUnlocking]+c.sent[changing])
+	if err == nil {
+		err = c.fault(f.cycles)
+	}
+	if err != nil {
+		t.Error(err)
+	}
+}
+
+// fault is what is wrong with a tally.
+func (c tally) fault(cycles int) error {
+	switch {
+	case c.leaked > 0 || c.lost > 0:
+		return fmt.Errorf("%d packets came through a lock, %d were lost without one", c.leaked, c.lost)
+	case c.overflow != 0:
+		return fmt.Errorf("the receiver itself lost %d packets: nothing is shown", c.overflow)
+	case c.sent[phaseLocked] < perPhase*cycles || c.sent[phaseOpen] < perPhase*cycles:
+		return fmt.Errorf("too few packets: %v", c.sent)
+	}
+	return nil
+}
+
+// run returns the tally of what was sent until then beside an error, too.
+func (f flood) run(t *testing.T, p *Pair) (tally, error) {
 	t.Helper()
 	in := newFloodReceiver(t, p.Inside)
 	out := newFloodSender(t, p.Peer)
-	fail := func(what string, err error) {
-		if err != nil {
-			out.halt()
-			t.Fatalf("%s: %v", what, err)
+	err := f.cycle(in, out)
+	class := out.halt()
+	if err == nil {
+		err = in.await(out.lastOpen(), f.wait)
+	}
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	c := tally{overflow: in.overflow}
+	for seq, phase := range class {
+		c.sent[phase]++
+		switch came := in.came[uint64(seq)]; {
+		case phase == phaseLocked && came:
+			c.leaked++
+		case phase == phaseOpen && !came:
+			c.lost++
 		}
 	}
-	for range cycles {
-		fail("open", out.await(perPhase))
+	return c, err
+}
+
+func (f flood) cycle(in *floodReceiver, out *floodSender) error {
+	for range f.cycles {
+		if err := out.await(perPhase); err != nil {
+			return fmt.Errorf("open: %w", err)
+		}
 		out.phase.Add(1)
 		// What was sent in the open has to be in before the lock is asked for: a packet
 		// still on its way would be dropped rightly. The flood goes on meanwhile.
-		fail("packets sent without a lock", in.await(out.lastOpen()))
-		fail("lock", lock())
-		out.phase.Add(1)
-		fail("locked", out.await(perPhase))
-		fail("locked", locked())
-		out.phase.Add(1)
-		fail("unlock", unlock())
-		out.phase.Add(1)
-	}
-	fail("open", out.await(perPhase))
-	class := out.halt()
-	last := out.lastOpen()
-	fail("the last packet", in.await(last)) // all before it have come or never will
-	in.mu.Lock()
-	defer in.mu.Unlock()
-	var sent [phases + 1]int
-	leaked, lost := 0, 0
-	for seq, c := range class {
-		sent[c]++
-		switch came := in.came[uint64(seq)]; {
-		case c == phaseLocked && came:
-			leaked++
-		case c == phaseOpen && !came:
-			lost++
+		if err := in.await(out.lastOpen(), f.wait); err != nil {
+			return err
 		}
+		if err := f.lock(); err != nil {
+			return fmt.Errorf("lock: %w", err)
+		}
+		out.phase.Add(1)
+		if err := out.await(perPhase); err != nil {
+			return fmt.Errorf("locked: %w", err)
+		}
+		if err := f.locked(); err != nil {
+			return fmt.Errorf("locked: %w", err)
+		}
+		out.phase.Add(1)
+		if err := f.unlock(); err != nil {
+			return fmt.Errorf("unlock: %w", err)
+		}
+		out.phase.Add(1)
 	}
-	t.Logf("%d cycles: %d packets while locked, %d came; %d while open, %d lost; %d meanwhile",
-		cycles, sent[phaseLocked], leaked, sent[phaseOpen], lost, len(class)-sent[phaseLocked]-sent[phaseOpen])
-	switch {
-	case in.overflow != 0:
-		t.Errorf("the receiver itself lost %d packets: nothing is shown", in.overflow)
-	case sent[phaseLocked] < perPhase*cycles || sent[phaseOpen] < perPhase*cycles:
-		t.Errorf("too few packets: %v", sent)
+	if err := out.await(perPhase); err != nil {
+		return fmt.Errorf("open: %w", err)
 	}
-	if leaked > 0 || lost > 0 {
-		t.Errorf("%d packets came through a lock, %d were lost without one", leaked, lost)
-	}
+	return nil
 }
 
 // changing is the class of the packets that belong to no phase.
@@ -134,7 +183,7 @@ type floodSender struct {
 	// run counts the packets of the present phase.
 	run      int
 	runPhase uint32
-	open     int // the last packet sent in the open, -1 if none
+	open     span // the packets of the last open phase
 	err      error
 }
 
@@ -147,7 +196,7 @@ func newFloodSender(t *testing.T, n *NS) *floodSender {
 		}
 		return unix.Connect(fd, &unix.SockaddrInet4{Port: udpPort, Addr: [4]byte(net.ParseIP(InsideV4).To4())})
 	})
-	s := &floodSender{done: make(chan struct{}), open: -1}
+	s := &floodSender{done: make(chan struct{})}
 	s.moved = sync.NewCond(&s.mu)
 	t.Cleanup(func() { s.halt(); unix.Close(fd) })
 	go func() {
@@ -164,29 +213,34 @@ func newFloodSender(t *testing.T, n *NS) *floodSender {
 			}
 			before := s.phase.Load()
 			_, err := unix.Write(fd, b)
-			s.sent(before, s.phase.Load(), err)
+			s.sent(before, err)
+			// Or who waits for the phase's packets waits for the end of our time slice.
+			runtime.Gosched()
 		}
 	}()
 	return s
 }
 
-func (s *floodSender) sent(before, after uint32, err error) {
+func (s *floodSender) sent(phase uint32, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	c := uint8(changing)
-	if before == after {
-		c = uint8(before % phases)
-		if before != s.runPhase {
-			s.run, s.runPhase = 0, before
+	// Read with the lock held: what is not in lastOpen by now was not sent in the open.
+	if err == nil && phase == s.phase.Load() {
+		c = uint8(phase % phases)
+		if s.run == 0 || phase != s.runPhase {
+			s.run, s.runPhase = 0, phase
+			if c == phaseOpen {
+				s.open.first = len(s.class)
+			}
 		}
 		s.run++
-		if c == phaseOpen && err == nil {
-			s.open = len(s.class)
+		if c == phaseOpen {
+			s.open.last = len(s.class)
 		}
 	}
 	if err != nil {
 		s.err = err
-		c = changing
 	}
 	s.class = append(s.class, c)
 	s.moved.Broadcast()
@@ -208,12 +262,12 @@ func (s *floodSender) await(k int) error {
 	return nil
 }
 
-// lastOpen is the last packet sent in the open. The one being sent while the phase
-// changed belongs to none, so it stays the last.
-func (s *floodSender) lastOpen() uint64 {
+// lastOpen are the packets of the last open phase. The one being sent while the
+// phase changed belongs to none, so they stay the last.
+func (s *floodSender) lastOpen() span {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return uint64(s.open)
+	return s.open
 }
 
 func (s *floodSender) halt() []uint8 {
@@ -222,11 +276,14 @@ func (s *floodSender) halt() []uint8 {
 	return s.class
 }
 
+// span is the packets from first to last, of which those sent meanwhile count for
+// nothing.
+type span struct{ first, last int }
+
 type floodReceiver struct {
 	mu       sync.Mutex
 	moved    *sync.Cond
 	came     map[uint64]bool
-	highest  uint64
 	overflow uint32
 	expired  bool
 }
@@ -271,9 +328,7 @@ func (r *floodReceiver) took(b, oob []byte) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if len(b) == 8 {
-		seq := binary.BigEndian.Uint64(b)
-		r.came[seq] = true
-		r.highest = max(r.highest, seq)
+		r.came[binary.BigEndian.Uint64(b)] = true
 	}
 	msgs, err := unix.ParseSocketControlMessage(oob)
 	for _, m := range msgs {
@@ -284,9 +339,10 @@ func (r *floodReceiver) took(b, oob []byte) {
 	r.moved.Broadcast()
 }
 
-// await returns when a packet has come.
-func (r *floodReceiver) await(seq uint64) error {
-	timer := time.AfterFunc(untilTime, func() {
+// await returns when all of some packets have come; two processors can deliver them
+// out of order.
+func (r *floodReceiver) await(ps span, wait time.Duration) error {
+	timer := time.AfterFunc(wait, func() {
 		r.mu.Lock()
 		defer r.mu.Unlock()
 		r.expired = true
@@ -295,11 +351,13 @@ func (r *floodReceiver) await(seq uint64) error {
 	defer timer.Stop()
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for r.highest < seq {
-		if r.expired {
-			return errors.New("have not come")
+	for seq := ps.first; seq <= ps.last; seq++ {
+		for !r.came[uint64(seq)] {
+			if r.expired {
+				return fmt.Errorf("packet %d of %d to %d, sent without a lock, has not come", seq, ps.first, ps.last)
+			}
+			r.moved.Wait()
 		}
-		r.moved.Wait()
 	}
 	return nil
 }

@@ -6,6 +6,7 @@ package netlocktest
 import (
 	"os"
 	"os/exec"
+	"strings"
 	"testing"
 )
 
@@ -14,20 +15,20 @@ import (
 // not run must not count as passed there.
 func Need(t testing.TB, tools ...string) {
 	t.Helper()
-	missing := ""
+	var missing []string
 	if os.Geteuid() != 0 {
-		missing = "root"
+		missing = append(missing, "root")
 	}
 	for _, tool := range tools {
 		if _, err := exec.LookPath(tool); err != nil {
-			missing += " " + tool
+			missing = append(missing, tool)
 		}
 	}
 	switch {
-	case missing == "":
+	case missing == nil:
 	case os.Getenv("CI") == "true":
-		t.Fatalf("cannot run here, needs %s", missing)
+		t.Fatalf("cannot run here, needs %s", strings.Join(missing, ", "))
 	default:
-		t.Skipf("needs %s", missing)
+		t.Skipf("needs %s", strings.Join(missing, ", "))
 	}
 }
