@@ -5,6 +5,7 @@ package netlocktest
 import (
 	"context"
 	"fmt"
+	"iter"
 	"strings"
 	"sync"
 	"testing"
@@ -252,6 +253,9 @@ func (c Config) cycle(t *testing.T) {
 	if res := s.lock(); !res.Already || res.Backend != st.Backend {
 		t.Errorf("second lock: %+v", res)
 	}
+	if missing := missingLine(before, c.Ruleset(tr.Inside)); missing != "" {
+		t.Errorf("while locked, foreign rules lack or misplace %q", missing)
+	}
 	bye.say()
 	tr.Expect(t, true)
 	if m := bye.moved(anyFarewell); m != nil {
@@ -281,6 +285,24 @@ func (c Config) cycle(t *testing.T) {
 	if st := s.unlock(); st.Found {
 		t.Errorf("second unlock found %+v", st)
 	}
+}
+
+// missingLine is the first line of a that is not in b, in a's order; "" if there is none.
+func missingLine(a, b string) string {
+	next, stop := iter.Pull(strings.Lines(b))
+	defer stop()
+	for want := range strings.Lines(a) {
+		for {
+			line, ok := next()
+			if !ok {
+				return want
+			}
+			if line == want {
+				break
+			}
+		}
+	}
+	return ""
 }
 
 // allow: what is listed passes, with its answers, and nothing else.

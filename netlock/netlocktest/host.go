@@ -9,6 +9,7 @@ import (
 	"maps"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"testing"
 
@@ -31,15 +32,23 @@ func HostUntouched(m *testing.M) int {
 		fmt.Fprintln(os.Stderr, "cannot read the host's network:", err)
 		return 1
 	}
-	all := maps.Clone(before)
-	maps.Copy(all, after)
-	for what := range all {
-		if was, is := before[what], after[what]; is != was {
-			fmt.Fprintf(os.Stderr, "FAIL: the host's %s changed; before:\n%s\nafter:\n%s\n", what, was, is)
-			code = 1
-		}
+	for _, what := range changed(before, after) {
+		fmt.Fprintf(os.Stderr, "FAIL: the host's %s changed; before:\n%s\nafter:\n%s\n", what, before[what], after[what])
+		code = 1
 	}
 	return code
+}
+
+// changed are the names of what is not as it was.
+func changed(before, after map[string]string) (out []string) {
+	all := maps.Clone(before)
+	maps.Copy(all, after)
+	for _, what := range slices.Sorted(maps.Keys(all)) {
+		if before[what] != after[what] {
+			out = append(out, what)
+		}
+	}
+	return out
 }
 
 // hostNetwork is what of our own network namespace the tests could spoil, by name.
@@ -60,7 +69,7 @@ func hostNetwork() (map[string]string, error) {
 	errs := []error{run("nft rules", "nft", "-s", "list", "ruleset")}
 	for _, ip := range []string{"ip", "ip6"} {
 		// Asking for a table would make it: only those that are there already.
-		b, err := os.ReadFile("/proc/self/net/" + ip + "_tables_names")
+		b, err := os.ReadFile("/proc/thread-self/net/" + ip + "_tables_names")
 		if err != nil && !errors.Is(err, os.ErrNotExist) && !errors.Is(err, os.ErrPermission) {
 			errs = append(errs, err)
 		}

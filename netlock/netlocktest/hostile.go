@@ -5,6 +5,7 @@ package netlocktest
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"sync/atomic"
@@ -35,17 +36,21 @@ func HostileNFT(t *testing.T, newBackend func() netlock.Backend) {
 	for _, h := range hostile(t, real) {
 		t.Run(h.name, func(t *testing.T) {
 			s, tr := c.on(t, tr.Inside), tr
-			feed := func() {
+			feed := func() netlock.State {
 				t.Helper()
 				if _, err := s.n.TryRun(h.rules, "nft", "-f", "-"); err != nil {
 					t.Fatalf("%v\n%s", err, h.rules)
 				}
-				if st := s.state(); !st.Found || st.Intact || st.Why == "" {
+				st := s.state()
+				if !st.Found || st.Intact || st.Why == "" {
 					t.Errorf("taken for a lock: %+v", st)
 				}
+				return st
 			}
 			defer s.n.Run("flush ruleset", "nft", "-f", "-")
-			feed()
+			if st := feed(); st.Locked { // damaged, but nothing passes: that has to be true
+				tr.Expect(t, true, quick...)
+			}
 			if res := s.lock(); res.Already {
 				t.Error("left alone")
 			}
@@ -68,7 +73,9 @@ func HostileNFT(t *testing.T, newBackend func() netlock.Backend) {
 	t.Run("owned", func(t *testing.T) { owned(t, c, tr) })
 	t.Run("both owned", func(t *testing.T) { bothOwned(t, c, tr) })
 	t.Run("orphan", func(t *testing.T) { orphan(t, c, tr) })
+	t.Run("owned in other families", func(t *testing.T) { ownedElsewhere(t, c, tr) })
 	t.Run("comes and goes", func(t *testing.T) { comesAndGoes(t, c, tr) })
+	t.Run("owners come and go", func(t *testing.T) { ownersComeAndGo(t, c, tr) })
 }
 
 type hostileRules struct{ name, rules string }
@@ -159,31 +166,41 @@ func hostile(t *testing.T, real string) (out []hostileRules) {
 	return out
 }
 
+const inet = nftables.TableFamilyINet
+
 // owner creates a table that belongs to its socket, as a live process would have it.
-func owner(t *testing.T, n *NS, name string, flags nftables.TableFlags) (release func()) {
+func owner(t *testing.T, n *NS, family nftables.TableFamily, name string, flags nftables.TableFlags) (release func()) {
 	t.Helper()
-	conn, err := nftables.New(nftables.WithNetNSFd(n.ns.FD()), nftables.AsLasting())
+	end, err := tryOwner(n, family, name, flags)
 	if err != nil {
-		t.Fatal(err)
-	}
-	accept := nftables.ChainPolicyAccept
-	table := conn.AddTable(&nftables.Table{Name: name, Family: nftables.TableFamilyINet, Flags: flags})
-	conn.AddChain(&nftables.Chain{Name: "ingress", Table: table, Type: nftables.ChainTypeFilter,
-		Hooknum: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityRaw, Policy: &accept})
-	if err := conn.Flush(); err != nil {
 		t.Fatalf("table %s with an owner: %v", name, err)
 	}
 	return func() {
-		if err := conn.CloseLasting(); err != nil {
+		if err := end(); err != nil {
 			t.Error(err)
 		}
 	}
 }
 
+func tryOwner(n *NS, family nftables.TableFamily, name string, flags nftables.TableFlags) (release func() error, _ error) {
+	conn, err := nftables.New(nftables.WithNetNSFd(n.ns.FD()), nftables.AsLasting())
+	if err != nil {
+		return nil, err
+	}
+	accept := nftables.ChainPolicyAccept
+	table := conn.CreateTable(&nftables.Table{Name: name, Family: family, Flags: flags})
+	conn.AddChain(&nftables.Chain{Name: "ingress", Table: table, Type: nftables.ChainTypeFilter,
+		Hooknum: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityRaw, Policy: &accept})
+	if err := conn.Flush(); err != nil {
+		return nil, errors.Join(err, conn.CloseLasting())
+	}
+	return conn.CloseLasting, nil
+}
+
 // owned: a live process holds the first name, so the second one is used.
 func owned(t *testing.T, c Config, tr *Traffic) {
 	for i, name := range []string{firstName, secondName} {
-		release := owner(t, tr.Inside, name, nftables.TableFlagOwner)
+		release := owner(t, tr.Inside, inet, name, nftables.TableFlagOwner)
 		theirs := func() string {
 			t.Helper()
 			return tr.Inside.Run("", "nft", "list", "table", "inet", name)
@@ -227,7 +244,7 @@ func owned(t *testing.T, c Config, tr *Traffic) {
 
 // bothOwned: no name is left, nothing is changed.
 func bothOwned(t *testing.T, c Config, tr *Traffic) {
-	releases := []func(){owner(t, tr.Inside, firstName, nftables.TableFlagOwner), owner(t, tr.Inside, secondName, nftables.TableFlagOwner)}
+	releases := []func(){owner(t, tr.Inside, inet, firstName, nftables.TableFlagOwner), owner(t, tr.Inside, inet, secondName, nftables.TableFlagOwner)}
 	s := c.on(t, tr.Inside)
 	before := c.Ruleset(tr.Inside)
 	_, err := s.b.Lock(t.Context(), s.ns, s.o)
@@ -259,7 +276,7 @@ func orphan(t *testing.T, c Config, tr *Traffic) {
 	leave := func() {
 		t.Helper()
 		for _, name := range []string{firstName, secondName} {
-			owner(t, tr.Inside, name, nftables.TableFlagOwner|nftables.TableFlagPersist)()
+			owner(t, tr.Inside, inet, name, nftables.TableFlagOwner|nftables.TableFlagPersist)()
 		}
 		if k := c.Locks(tr.Inside); k != 2 {
 			t.Fatalf("%d orphans", k)
@@ -276,6 +293,82 @@ func orphan(t *testing.T, c Config, tr *Traffic) {
 	s.none()
 	leave()
 	s.unlock()
+	s.none()
+	tr.Expect(t, false, quick...)
+}
+
+// ownedElsewhere: what live processes hold in another family cannot be removed, and
+// is in nobody's way.
+func ownedElsewhere(t *testing.T, c Config, tr *Traffic) {
+	for _, fam := range []nftables.TableFamily{nftables.TableFamilyIPv4, nftables.TableFamilyIPv6} {
+		for _, name := range []string{firstName, secondName} {
+			defer owner(t, tr.Inside, fam, name, nftables.TableFlagOwner)()
+		}
+	}
+	theirs := c.Locks(tr.Inside)
+	before := c.Ruleset(tr.Inside)
+	c.Locks = func(n *NS) int { return nftLocks(n) - theirs }
+	s := c.on(t, tr.Inside)
+	if st := s.state(); st.Held || st.Locked || st.Intact {
+		t.Errorf("state: %+v", st)
+	}
+	s.lock()
+	s.one()
+	tr.Expect(t, true, quick...)
+	if res := s.lock(); !res.Already {
+		t.Error("locked again beside others' tables")
+	}
+	s.unlock()
+	if k := c.Locks(tr.Inside); k != 0 {
+		t.Errorf("%d locks are left", k)
+	}
+	if after := c.Ruleset(tr.Inside); after != before {
+		t.Errorf("the owners' tables changed from\n%s\nto\n%s", before, after)
+	}
+	tr.Expect(t, false, quick...)
+}
+
+// ownersComeAndGo: live processes take and leave our names all the time. They take
+// away only what is theirs, so a lock that was reported is there until Unlock.
+func ownersComeAndGo(t *testing.T, c Config, tr *Traffic) {
+	s := c.on(t, tr.Inside)
+	var stop atomic.Bool
+	done := make(chan int)
+	go func() {
+		got := 0
+		defer func() { done <- got }()
+		for round := 0; !stop.Load(); round++ {
+			// An error is ours being there.
+			if release, err := tryOwner(tr.Inside, inet, []string{firstName, secondName}[round%2], nftables.TableFlagOwner); err == nil {
+				got++
+				if err := release(); err != nil {
+					t.Error(err)
+				}
+			}
+		}
+	}()
+	failed := 0
+	const tries = 48
+	for i := range tries {
+		if _, err := s.b.Lock(t.Context(), s.ns, s.o); err != nil {
+			failed++
+			if netlock.KindOf(err) != netlock.KindHeld {
+				t.Errorf("lock: %v", err)
+			}
+			continue
+		}
+		if st := s.state(); !st.Locked || !st.Intact {
+			t.Errorf("locked, and not locked: %+v", st)
+		}
+		if i%8 == 0 {
+			tr.Expect(t, true, quick...)
+		}
+		if st := s.unlock(); !st.Intact {
+			t.Errorf("unlock found %+v", st)
+		}
+	}
+	stop.Store(true)
+	t.Logf("%d of %d locks failed against %d owners", failed, tries, <-done)
 	s.none()
 	tr.Expect(t, false, quick...)
 }

@@ -82,6 +82,9 @@ func NewTraffic(t testing.TB) *Traffic {
 		}
 		tr.listenPackets(n.NS, n.name+"-ping4", "ip4:icmp", "0.0.0.0")
 		tr.listenPackets(n.NS, n.name+"-ping6", "ip6:ipv6-icmp", "::")
+		// 253 is for experiments (RFC 3692): a lock is not a list of protocols.
+		tr.listenPackets(n.NS, n.name+"-other4", "ip4:253", "0.0.0.0")
+		tr.listenPackets(n.NS, n.name+"-other6", "ip6:253", "::")
 		tr.listenTCP(n.NS, tcpPort, 0)
 	}
 	tr.listenTCP(tr.Inside, markedPort, criuMark)
@@ -96,7 +99,7 @@ func NewTraffic(t testing.TB) *Traffic {
 		tr.probes["lo-tcp"+f.n] = connect(inside, f.lo, tcpPort, 0)
 		tr.probes["mark-lo-tcp"+f.n] = connect(inside, f.lo, markedPort, criuMark)
 		tr.probes["mark-tcp"+f.n+"-out"] = connect(inside, f.peer, tcpPort, criuMark)
-		for _, kind := range []string{"udp", "ping"} {
+		for _, kind := range []string{"udp", "ping", "other"} {
 			k := kind + f.n
 			tr.probes[k+"-in"] = tr.packet(peer, k, f.inside, 0, "inside-"+k)
 			tr.probes[k+"-out"] = tr.packet(inside, k, f.peer, 0, "peer-"+k)
@@ -350,6 +353,10 @@ func (tr *Traffic) packet(from *NS, kind, addr string, mark int, sinkName string
 		case "ping6":
 			network = "ip6:ipv6-icmp"
 			b = echo(128, b) // the kernel fills in the checksum
+		case "other4":
+			network = "ip4:253"
+		case "other6":
+			network = "ip6:253"
 		default:
 			addr = net.JoinHostPort(addr, fmt.Sprint(udpPort))
 		}
