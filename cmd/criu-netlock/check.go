@@ -63,8 +63,8 @@ func (k *checker) text() string {
 	return b.String()
 }
 
-// tryTime bounds each thing that check tries.
-const tryTime = 3 * time.Second
+// versionTime bounds a program that is asked for its version.
+const versionTime = 3 * time.Second
 
 func (c *cli) check() error {
 	k := &checker{}
@@ -171,11 +171,11 @@ func parseVersion(s string) (major, minor int) {
 // backends takes and removes a real lock in a throwaway namespace with each backend,
 // and with what the configuration chooses.
 func (k *checker) backends(cfg config.Config) {
-	chosen, err := timed(func(ctx context.Context) (netlock.Result, error) { return trial(ctx, newLocker(cfg, parent())) })
+	chosen, err := timed(cfg.Timeout, func(ctx context.Context) (netlock.Result, error) { return trial(ctx, newLocker(cfg, parent())) })
 	for _, v := range variants() {
 		what := "backend " + v.name
 		took := time.Duration(0)
-		_, err := timed(func(ctx context.Context) (netlock.Result, error) {
+		_, err := timed(cfg.Timeout, func(ctx context.Context) (netlock.Result, error) {
 			start := time.Now()
 			res, err := trial(ctx, v)
 			took = time.Since(start)
@@ -197,9 +197,9 @@ func (k *checker) backends(cfg config.Config) {
 	k.ok("backend = "+cfg.Backend, "locks by %s", chosen.Backend)
 }
 
-// timed gives up on f after tryTime.
-func timed[T any](f func(context.Context) (T, error)) (T, error) {
-	return within(time.Now(), tryTime, f)
+// timed gives up on f after as long as a hook may take.
+func timed[T any](limit time.Duration, f func(context.Context) (T, error)) (T, error) {
+	return within(time.Now(), limit, f)
 }
 
 // sbin is where Debian and others put what a shell's PATH may lack.
@@ -220,12 +220,12 @@ func lookPath(name string) string {
 
 // output runs a program that prints its version.
 func output(path string, args ...string) (string, error) {
-	return timed(func(ctx context.Context) (string, error) {
+	return timed(versionTime, func(ctx context.Context) (string, error) {
 		cmd := exec.CommandContext(ctx, path, args...)
 		cmd.WaitDelay = time.Second
 		b, err := cmd.CombinedOutput()
 		if ctx.Err() != nil {
-			err = fmt.Errorf("no answer within %v", tryTime)
+			err = fmt.Errorf("no answer within %v", versionTime)
 		}
 		return string(b), err
 	})
@@ -413,7 +413,7 @@ func (k *checker) scripts(scripts []script, v criuVersion) {
 func (k *checker) targets(cfg config.Config, ts []target) {
 	l := newLocker(cfg, parent())
 	for _, t := range ts {
-		st, err := timed(func(ctx context.Context) (netlock.State, error) { return l.State(ctx, t.ns) })
+		st, err := timed(cfg.Timeout, func(ctx context.Context) (netlock.State, error) { return l.State(ctx, t.ns) })
 		what := oneLine(t.String())
 		switch {
 		case err != nil:

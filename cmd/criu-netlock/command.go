@@ -121,26 +121,32 @@ func (c *cli) root() *cobra.Command {
 		root.AddCommand(cmd)
 		return cmd
 	}
-	targets := func(cmd *cobra.Command) *cobra.Command {
-		cmd.Flags().Var(&c.pids, "pid", "the network namespace of this task (may be repeated)")
-		cmd.Flags().StringArrayVar(&c.netns, "netns", nil, "a name as ip netns has it, or an absolute path (may be repeated)")
+	targets := func(cmd *cobra.Command, more string) *cobra.Command {
+		cmd.Flags().Var(&c.pids, "pid", "the network namespace of this task"+more)
+		cmd.Flags().StringArrayVar(&c.netns, "netns", nil, "a `NAME` as ip netns has it, or an absolute path"+more)
 		return cmd
 	}
-	settings := func(cmd *cobra.Command) *cobra.Command {
-		cmd.Flags().StringVar(&c.backend, "backend", "", "auto, nft or iptables, in place of the configuration's")
-		cmd.Flags().StringVar(&c.timeout, "timeout", "", "1s to 1m, in place of the configuration's")
-		for flag, words := range map[string][]string{"backend": {config.Auto, config.NFT, config.IPTables}, "timeout": {"1s", "5s", "30s"}} {
-			// Fails for a flag that does not exist, and these do.
-			_ = cmd.RegisterFlagCompletionFunc(flag, cobra.FixedCompletions(words, cobra.ShellCompDirectiveNoFileComp))
-		}
+	words := func(cmd *cobra.Command, flag string, words ...string) {
+		// Fails for a flag that does not exist, and these do.
+		_ = cmd.RegisterFlagCompletionFunc(flag, cobra.FixedCompletions(words, cobra.ShellCompDirectiveNoFileComp))
+	}
+	timeout := func(cmd *cobra.Command) *cobra.Command {
+		cmd.Flags().StringVar(&c.timeout, "timeout", "", "a `DURATION` from 1s to 1m, in place of the configuration's")
+		words(cmd, "timeout", "1s", "5s", "30s")
 		return cmd
 	}
-	settings(targets(add(&cobra.Command{Use: "lock", Short: "Lock network namespaces: all of those given, or none"}, c.lock)))
-	unlock := settings(targets(add(&cobra.Command{Use: "unlock", Short: "Unlock network namespaces"}, c.unlock)))
+	backend := func(cmd *cobra.Command) *cobra.Command {
+		cmd.Flags().StringVar(&c.backend, "backend", "", "the `BACKEND` auto, nft or iptables, in place of the configuration's")
+		words(cmd, "backend", config.Auto, config.NFT, config.IPTables)
+		return cmd
+	}
+	const repeated = " (may be repeated)"
+	backend(timeout(targets(add(&cobra.Command{Use: "lock", Short: "Lock network namespaces: all of those given, or none"}, c.lock), repeated)))
+	unlock := backend(timeout(targets(add(&cobra.Command{Use: "unlock", Short: "Unlock network namespaces, whichever backend locked them"}, c.unlock), repeated)))
 	unlock.Flags().BoolVar(&c.all, "all", false, "every namespace that list finds")
-	settings(targets(add(&cobra.Command{Use: "status", Short: "Tell whether a network namespace is locked"}, c.status)))
-	settings(add(&cobra.Command{Use: "list", Short: "List every locked network namespace of this host"}, c.list))
-	settings(targets(add(&cobra.Command{Use: "check", Short: "Tell whether a lock can be taken here, and what to do if not"}, c.check)))
+	backend(timeout(targets(add(&cobra.Command{Use: "status", Short: "Tell whether a network namespace is locked"}, c.status), "")))
+	backend(timeout(add(&cobra.Command{Use: "list", Short: "List every locked network namespace of this host"}, c.list)))
+	backend(timeout(targets(add(&cobra.Command{Use: "check", Short: "Tell whether a lock can be taken here, and what to do if not"}, c.check), repeated)))
 	add(&cobra.Command{Use: "version", Short: "Print the version"}, c.printVersion)
 	root.InitDefaultCompletionCmd()
 	if cmd, _, err := root.Find([]string{"completion"}); err == nil {
@@ -179,6 +185,13 @@ func (c *cli) config() (cfg config.Config, fileErr, flagErr error) {
 		cfg.Timeout = d
 	}
 	return cfg, fileErr, nil
+}
+
+// only makes status and list look with the backend of the flag alone, if it is given.
+func (c *cli) only(l *netlock.Locker) {
+	if c.backend != "" && c.backend != config.Auto {
+		l.Cleaners = nil
+	}
 }
 
 // strictConfig is config for the commands that do nothing with a wrong file.
@@ -523,6 +536,7 @@ func (c *cli) status() error {
 		return inputError("status tells about one target; list tells about all")
 	}
 	l := newLocker(cfg, parent())
+	c.only(l)
 	st, err := within(c.start, cfg.Timeout, func(ctx context.Context) (netlock.State, error) { return l.State(ctx, ts[0].ns) })
 	if err != nil {
 		return err

@@ -231,6 +231,7 @@ func (c *cli) list() error {
 		return err
 	}
 	l := newLocker(cfg, parent())
+	c.only(l)
 	found, err := within(c.start, cfg.Timeout, func(ctx context.Context) ([]locked, error) { return find(ctx, l) })
 	if netlock.ExitCode(err) == int(netlock.KindDeadline) {
 		return err
