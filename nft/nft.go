@@ -230,6 +230,11 @@ func (s *session) read(t table) (view, error) {
 	if err != nil {
 		return view{}, s.fail("read table "+t.name, err)
 	}
+	for _, a := range ans {
+		if a.Errno != 0 && a.Errno != unix.ENOENT { // ENOENT: it is not there, which judge tells
+			return view{}, s.fail("read table "+t.name, a.Errno)
+		}
+	}
 	var objs [2]*nfnl.Object
 	for i := range objs {
 		if len(ans[i].Objects) == 1 {

@@ -85,13 +85,15 @@ const (
 // Ask puts all requests in one message and collects the answers. The error is
 // about the socket; what the kernel says of a request is in its Answer.
 func (c *Conn) Ask(ctx context.Context, reqs ...Request) ([]Answer, error) {
-	for range 8 {
+	for {
 		out, again, err := c.ask(ctx, reqs)
 		if err != nil || !again {
 			return out, err
 		}
+		if e := ctx.Err(); e != nil {
+			return nil, fmt.Errorf("%w: %w", ErrInterrupted, e)
+		}
 	}
-	return nil, ErrInterrupted
 }
 
 func (c *Conn) ask(ctx context.Context, reqs []Request) (out []Answer, again bool, err error) {
