@@ -29,12 +29,41 @@ type Config struct {
 	Locks func(*NS) int
 }
 
+// callTime is what a call may take at most.
+const callTime = 10 * time.Second
+
+// bounded is a backend whose calls have a deadline: one that would try for ever is a
+// failed test and not a hanging one.
+type bounded struct{ netlock.Backend }
+
+func bind(newBackend func() netlock.Backend) func() netlock.Backend {
+	return func() netlock.Backend { return bounded{newBackend()} }
+}
+
+func (b bounded) Lock(ctx context.Context, ns *netlock.Namespace, o netlock.Options) (netlock.Result, error) {
+	ctx, cancel := context.WithTimeout(ctx, callTime)
+	defer cancel()
+	return b.Backend.Lock(ctx, ns, o)
+}
+
+func (b bounded) Unlock(ctx context.Context, ns *netlock.Namespace, o netlock.Options) (netlock.State, error) {
+	ctx, cancel := context.WithTimeout(ctx, callTime)
+	defer cancel()
+	return b.Backend.Unlock(ctx, ns, o)
+}
+
+func (b bounded) State(ctx context.Context, ns *netlock.Namespace, o netlock.Options) (netlock.State, error) {
+	ctx, cancel := context.WithTimeout(ctx, callTime)
+	defer cancel()
+	return b.Backend.State(ctx, ns, o)
+}
+
 // NFT is the Config of the backend nft.
 func NFT(t testing.TB, newBackend func() netlock.Backend) Config {
 	Need(t, "nft")
 	list := func(n *NS) string { n.t.Helper(); return n.Run("", "nft", "list", "ruleset") }
 	return Config{
-		New:     newBackend,
+		New:     bind(newBackend),
 		Foreign: func(n *NS) { n.t.Helper(); n.Run(foreignNFT, "nft", "-f", "-") },
 		Ruleset: list,
 		Replay:  func(n *NS) { n.t.Helper(); n.Run(list(n), "nft", "-f", "-") },
@@ -93,7 +122,7 @@ func IPTables(t testing.TB, variant string, newBackend func() netlock.Backend) C
 		f("ip6tables")
 	}
 	return Config{
-		New: newBackend,
+		New: bind(newBackend),
 		Foreign: func(n *NS) {
 			n.t.Helper()
 			each(func(f string) {
@@ -231,6 +260,7 @@ func Conformance(t *testing.T, c Config) {
 func (c Config) cycle(t *testing.T) {
 	tr := NewTraffic(t)
 	trackConnections(tr.Inside)
+	tr.Inside.Run(marks, "nft", "-f", "-")
 	c.Foreign(tr.Inside)
 	s := c.on(t, tr.Inside)
 	tr.Expect(t, false)

@@ -23,7 +23,7 @@ import (
 func Flood(t *testing.T, newBackend func() netlock.Backend, cycles int) {
 	t.Helper()
 	p := NewPair(t)
-	b, ns := newBackend(), p.Inside.Netns()
+	b, ns := bind(newBackend)(), p.Inside.Netns()
 	FloodFunc(t, p,
 		func() error { _, err := b.Lock(t.Context(), ns, caller); return err },
 		func() error { _, err := b.Unlock(t.Context(), ns, caller); return err },

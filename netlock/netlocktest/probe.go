@@ -45,6 +45,7 @@ const (
 	tcpPort    = 7702
 	markedPort = 7703 // answers with CRIU's mark
 	closedPort = 7704
+	segPort    = 7705 // nobody listens
 )
 
 // The addresses beyond Inside, which forwards.
@@ -82,6 +83,9 @@ func NewTraffic(t testing.TB) *Traffic {
 		}
 		tr.listenPackets(n.NS, n.name+"-ping4", "ip4:icmp", "0.0.0.0")
 		tr.listenPackets(n.NS, n.name+"-ping6", "ip6:ipv6-icmp", "::")
+		// One segment, one way: a connection does not tell that only its answers are stopped.
+		tr.listenPackets(n.NS, n.name+"-seg4", "ip4:tcp", "0.0.0.0")
+		tr.listenPackets(n.NS, n.name+"-seg6", "ip6:tcp", "::")
 		// 253 is for experiments (RFC 3692): a lock is not a list of protocols.
 		tr.listenPackets(n.NS, n.name+"-other4", "ip4:253", "0.0.0.0")
 		tr.listenPackets(n.NS, n.name+"-other6", "ip6:253", "::")
@@ -99,7 +103,7 @@ func NewTraffic(t testing.TB) *Traffic {
 		tr.probes["lo-tcp"+f.n] = connect(inside, f.lo, tcpPort, 0)
 		tr.probes["mark-lo-tcp"+f.n] = connect(inside, f.lo, markedPort, criuMark)
 		tr.probes["mark-tcp"+f.n+"-out"] = connect(inside, f.peer, tcpPort, criuMark)
-		for _, kind := range []string{"udp", "ping", "other"} {
+		for _, kind := range []string{"udp", "ping", "seg", "other"} {
 			k := kind + f.n
 			tr.probes[k+"-in"] = tr.packet(peer, k, f.inside, 0, "inside-"+k)
 			tr.probes[k+"-out"] = tr.packet(inside, k, f.peer, 0, "peer-"+k)
@@ -107,6 +111,7 @@ func NewTraffic(t testing.TB) *Traffic {
 		tr.probes["lo-udp"+f.n] = tr.packet(inside, "udp"+f.n, f.lo, 0, "inside-udp"+f.n)
 		tr.probes["mark-lo-udp"+f.n] = tr.packet(inside, "udp"+f.n, f.lo, criuMark, "inside-udp"+f.n)
 		tr.probes["mark-udp"+f.n+"-out"] = tr.packet(inside, "udp"+f.n, f.peer, criuMark, "peer-udp"+f.n)
+		tr.probes["mark-seg"+f.n+"-out"] = tr.packet(inside, "seg"+f.n, f.peer, criuMark, "peer-seg"+f.n)
 		tr.probes["forward"+f.n] = tr.packet(peer, "udp"+f.n, f.far, 0, "far-udp"+f.n)
 		tr.establish(f.n, f.inside)
 	}
@@ -353,6 +358,10 @@ func (tr *Traffic) packet(from *NS, kind, addr string, mark int, sinkName string
 		case "ping6":
 			network = "ip6:ipv6-icmp"
 			b = echo(128, b) // the kernel fills in the checksum
+		case "seg4":
+			network, b = "ip4:tcp", segment(b)
+		case "seg6":
+			network, b = "ip6:tcp", segment(b)
 		case "other4":
 			network = "ip4:253"
 		case "other6":
@@ -377,6 +386,23 @@ func (tr *Traffic) packet(from *NS, kind, addr string, mark int, sinkName string
 func echo(typ byte, token []byte) []byte {
 	return append([]byte{typ, 0, 0, 0, 0x77, 0x77, 0, 1}, token...)
 }
+
+// segment is a TCP segment with an ACK and the token. It has no checksum: raw sockets
+// get it all the same, and TCP gives no answer.
+func segment(token []byte) []byte {
+	h := make([]byte, 20, 28)
+	binary.BigEndian.PutUint16(h, segPort)
+	binary.BigEndian.PutUint16(h[2:], segPort)
+	h[12], h[13] = 5<<4, 0x10
+	return append(h, token...)
+}
+
+// marks are somebody's rules that give CRIU's mark to what comes from outside, before
+// any lock sees it. They open none: the mark counts on lo alone.
+var marks = fmt.Sprintf(`table inet marks {
+	chain in { type filter hook prerouting priority -400; iifname != "lo" tcp dport %d meta mark set %#x; }
+}
+`, segPort, criuMark)
 
 func checksum(b []byte) uint16 {
 	var sum uint32
