@@ -71,7 +71,7 @@ func allowSpec(r netlock.Rule) string {
 		}
 		w = append(w, "-p", name)
 	}
-	if r.Sport != 0 || r.Dport != 0 {
+	if r.Sport != 0 || r.Dport != 0 || r.Answer {
 		w = append(w, "-m", r.Proto)
 	}
 	if r.Sport != 0 {
@@ -79,6 +79,9 @@ func allowSpec(r netlock.Rule) string {
 	}
 	if r.Dport != 0 {
 		w = append(w, "--dport", strconv.Itoa(int(r.Dport)))
+	}
+	if r.Answer { // ! --syn, as it is printed
+		w = append(w, "!", "--tcp-flags", "FIN,SYN,RST,ACK", "SYN")
 	}
 	return strings.Join(append(w, "-j", "ACCEPT"), " ")
 }

@@ -17,6 +17,10 @@ type Rule struct {
 	Proto        string
 	Saddr, Daddr netip.Prefix
 	Sport, Dport uint16
+	// Answer excludes a connection's first packet, a bare SYN. Expand sets it in the
+	// mirror of a TCP rule: a peer that chose its source port well could otherwise
+	// begin connections to every port.
+	Answer bool
 }
 
 // RuleError is a mistake in an allow rule. Column counts bytes from 1.
@@ -166,7 +170,7 @@ func parsePrefix(s string) (netip.Prefix, error) {
 	return p, nil
 }
 
-// Mirror is the rule for the answers.
+// Mirror is the rule with source and destination exchanged.
 func (r Rule) Mirror() Rule {
 	r.Saddr, r.Daddr = r.Daddr, r.Saddr
 	r.Sport, r.Dport = r.Dport, r.Sport
@@ -179,7 +183,7 @@ func (r Rule) V4() bool { return r.Family != "ip6" && r.Proto != "icmpv6" }
 // V6 is V4 for IPv6.
 func (r Rule) V6() bool { return r.Family != "ip" && r.Proto != "icmp" }
 
-// String is the rule in ParseRule's words.
+// String is the rule in ParseRule's words, which have none for Answer.
 func (r Rule) String() string {
 	var w []string
 	if r.Family != "" && !r.Saddr.IsValid() && !r.Daddr.IsValid() {
@@ -223,9 +227,15 @@ func (r *Rule) UnmarshalText(b []byte) error {
 // both chains of a lock accept.
 func Expand(rules []Rule) []Rule {
 	var out []Rule
+	given := make(map[Rule]bool, len(rules))
+	for _, r := range rules {
+		given[r] = true
+	}
 	seen := make(map[Rule]bool, 2*len(rules))
 	for _, r := range rules {
-		for _, x := range []Rule{r, r.Mirror()} {
+		m := r.Mirror()
+		m.Answer = m.Proto == "tcp" && !given[m]
+		for _, x := range []Rule{r, m} {
 			if !seen[x] {
 				seen[x] = true
 				out = append(out, x)

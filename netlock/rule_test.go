@@ -79,8 +79,10 @@ func TestExpand(t *testing.T) {
 		}
 		return out
 	}
-	got := Expand(parse("tcp dport 22", "icmp", "ip saddr 10.0.0.1 daddr 10.0.0.2 udp sport 1 dport 2", "tcp sport 22", "tcp dport 22"))
-	want := parse("tcp dport 22", "tcp sport 22", "icmp", "ip saddr 10.0.0.1 daddr 10.0.0.2 udp sport 1 dport 2", "ip saddr 10.0.0.2 daddr 10.0.0.1 udp sport 2 dport 1")
+	got := Expand(parse("tcp dport 22", "icmp", "ip saddr 10.0.0.1 daddr 10.0.0.2 udp sport 1 dport 2", "tcp sport 22", "tcp dport 22", "tcp sport 80", "ip6 tcp"))
+	want := parse("tcp dport 22", "tcp sport 22", "icmp", "ip saddr 10.0.0.1 daddr 10.0.0.2 udp sport 1 dport 2", "ip saddr 10.0.0.2 daddr 10.0.0.1 udp sport 2 dport 1",
+		"tcp sport 80", "tcp dport 80", "ip6 tcp")
+	want[len(want)-2].Answer = true // and not where the other direction was given too
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("%v; %v is wanted", got, want)
 	}

@@ -85,6 +85,15 @@ var protoNumbers = map[string]byte{
 	"icmp": unix.IPPROTO_ICMP, "icmpv6": unix.IPPROTO_ICMPV6,
 }
 
+// The flags by which TCP tells a connection's first packet.
+const (
+	tcpFin = 1 << iota
+	tcpSyn
+	tcpRst
+	_
+	tcpAck
+)
+
 // allowExprs writes a rule as nft would compile it, so that it reads back the same
 // after a list and a replay.
 func allowExprs(r netlock.Rule) []expr.Any {
@@ -108,6 +117,12 @@ func allowExprs(r netlock.Rule) []expr.Any {
 	}
 	port(r.Sport, 0)
 	port(r.Dport, 2)
+	if r.Answer {
+		parts = append(parts, []expr.Any{
+			payload(expr.PayloadBaseTransportHeader, 13, 1),
+			&expr.Bitwise{SourceRegister: unix.NFT_REG_1, DestRegister: unix.NFT_REG_1, Len: 1, Mask: []byte{tcpFin | tcpSyn | tcpRst | tcpAck}, Xor: []byte{0}},
+			&expr.Cmp{Op: expr.CmpOpNeq, Register: unix.NFT_REG_1, Data: []byte{tcpSyn}}})
+	}
 	return accept(parts...)
 }
 

@@ -41,7 +41,7 @@ func TestSuiteCatches(t *testing.T) {
 		{"open", "counter drop", "counter accept", "tcp4-in tcp6-out udp4-in udp6-in udp4-out ping4-in ping6-out established4-in established6-out lo-tcp4 lo-udp6 forward4 forward6 closed4-in mark-udp4-out"},
 		{"mark anywhere", `if "lo" meta l4proto tcp meta mark`, `ifname != "nowhere" meta mark`, "mark-udp4-out mark-udp6-out mark-lo-udp4"},
 		{"mark of TCP anywhere outwards", `oif "lo" `, "", "mark-seg4-out mark-seg6-out"},
-		{"mark of TCP anywhere inwards", `iif "lo" `, "", "seg4-in seg6-in"},
+		{"mark of TCP anywhere inwards", `iif "lo" `, "", "seg4-in seg6-in syn4-in syn6-in"},
 		{"mark of UDP on lo", "meta l4proto tcp meta mark", "meta mark", "mark-lo-udp4 mark-lo-udp6"},
 		{"known protocols only", "counter drop", "meta l4proto { tcp, udp, icmp, icmpv6 } drop; accept", "other4-in other4-out other6-in other6-out"},
 		{"no mark", "accept\n\t\ticmpv6", "drop\n\t\ticmpv6", "mark-lo-tcp4 mark-lo-tcp6"},

@@ -343,6 +343,7 @@ func (c Config) allow(t *testing.T) {
 		"ip saddr " + PeerV4 + " daddr " + InsideV4 + fmt.Sprint(" tcp dport ", tcpPort),
 		"ip6 daddr " + PeerV6 + fmt.Sprint(" udp dport ", udpPort),
 		"icmp",
+		fmt.Sprint("tcp dport ", segPort), // its answers pass to any port, and begin nothing
 	} {
 		r, err := netlock.ParseRule(text)
 		if err != nil {
@@ -350,7 +351,8 @@ func (c Config) allow(t *testing.T) {
 		}
 		s.o.Allow = append(s.o.Allow, r)
 	}
-	passes := map[string]bool{"tcp4-in": true, "udp6-out": true, "mark-udp6-out": true, "ping4-in": true, "ping4-out": true}
+	passes := map[string]bool{"tcp4-in": true, "udp6-out": true, "mark-udp6-out": true, "ping4-in": true, "ping4-out": true,
+		"seg4-in": true, "seg6-in": true, "seg4-out": true, "seg6-out": true, "mark-seg4-out": true, "mark-seg6-out": true}
 	s.lock()
 	s.one()
 	faults := tr.compare(blockedWait, func(name string) string { return want(name, !passes[name]) })

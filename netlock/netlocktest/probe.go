@@ -45,7 +45,8 @@ const (
 	tcpPort    = 7702
 	markedPort = 7703 // answers with CRIU's mark
 	closedPort = 7704
-	segPort    = 7705 // nobody listens
+	segPort    = 7705 // where segments come from; nobody listens
+	segToPort  = 7706 // where they go; nobody listens
 )
 
 // The addresses beyond Inside, which forwards.
@@ -112,6 +113,7 @@ func NewTraffic(t testing.TB) *Traffic {
 		tr.probes["mark-lo-udp"+f.n] = tr.packet(inside, "udp"+f.n, f.lo, criuMark, "inside-udp"+f.n)
 		tr.probes["mark-udp"+f.n+"-out"] = tr.packet(inside, "udp"+f.n, f.peer, criuMark, "peer-udp"+f.n)
 		tr.probes["mark-seg"+f.n+"-out"] = tr.packet(inside, "seg"+f.n, f.peer, criuMark, "peer-seg"+f.n)
+		tr.probes["syn"+f.n+"-in"] = tr.packet(peer, "syn"+f.n, f.inside, 0, "inside-seg"+f.n)
 		tr.probes["forward"+f.n] = tr.packet(peer, "udp"+f.n, f.far, 0, "far-udp"+f.n)
 		tr.establish(f.n, f.inside)
 	}
@@ -359,9 +361,13 @@ func (tr *Traffic) packet(from *NS, kind, addr string, mark int, sinkName string
 			network = "ip6:ipv6-icmp"
 			b = echo(128, b) // the kernel fills in the checksum
 		case "seg4":
-			network, b = "ip4:tcp", segment(b)
+			network, b = "ip4:tcp", segment(tcpAck, b)
 		case "seg6":
-			network, b = "ip6:tcp", segment(b)
+			network, b = "ip6:tcp", segment(tcpAck, b)
+		case "syn4":
+			network, b = "ip4:tcp", segment(tcpSyn, b)
+		case "syn6":
+			network, b = "ip6:tcp", segment(tcpSyn, b)
 		case "other4":
 			network = "ip4:253"
 		case "other6":
@@ -387,13 +393,18 @@ func echo(typ byte, token []byte) []byte {
 	return append([]byte{typ, 0, 0, 0, 0x77, 0x77, 0, 1}, token...)
 }
 
-// segment is a TCP segment with an ACK and the token. It has no checksum: raw sockets
-// get it all the same, and TCP gives no answer.
-func segment(token []byte) []byte {
+const (
+	tcpSyn = 0x02
+	tcpAck = 0x10
+)
+
+// segment is a TCP segment with the flags and the token. It has no checksum: raw
+// sockets get it all the same, and TCP gives no answer.
+func segment(flags byte, token []byte) []byte {
 	h := make([]byte, 20, 28)
 	binary.BigEndian.PutUint16(h, segPort)
-	binary.BigEndian.PutUint16(h[2:], segPort)
-	h[12], h[13] = 5<<4, 0x10
+	binary.BigEndian.PutUint16(h[2:], segToPort)
+	h[12], h[13] = 5<<4, flags
 	return append(h, token...)
 }
 
@@ -402,7 +413,7 @@ func segment(token []byte) []byte {
 var marks = fmt.Sprintf(`table inet marks {
 	chain in { type filter hook prerouting priority -400; iifname != "lo" tcp dport %d meta mark set %#x; }
 }
-`, segPort, criuMark)
+`, segToPort, criuMark)
 
 func checksum(b []byte) uint16 {
 	var sum uint32
