@@ -1,6 +1,7 @@
 package netlock
 
 import (
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -21,8 +22,16 @@ func TestCommentRoundTrip(t *testing.T) {
 			t.Errorf("%q reads back as %v %v %v", text, since, c, err)
 		}
 	}
+	whole := Caller{PID: 1 << 22, Name: strings.Repeat("n", 15), Start: 1<<64 - 1, Task: 1 << 22, TaskStart: 1<<64 - 1, Boot: "0123abcd"}
+	if text := Comment(now, whole); len(text) > 127 {
+		t.Errorf("%q: %d bytes, nft's limit is 127", text, len(text))
+	} else if _, c, err := ParseComment(text); err != nil || c != whole {
+		t.Errorf("%q reads back as %+v, %v", text, c, err)
+	}
 	for _, bad := range []string{"", "criu-netlock", "criu-netlock 2 2026-11-23T15:13:55Z 1 criu", "criu-netlock 1 yesterday 1 criu",
-		"criu-netlock 1 2026-11-23T15:13:55Z x criu", "criu-netlock 1 2026-11-23T15:13:55Z 1 a\"b", "criu-netlock 1 2026-11-23T15:13:55Z 1 criu more"} {
+		"criu-netlock 1 2026-11-23T15:13:55Z x criu", "criu-netlock 1 2026-11-23T15:13:55Z 1 a\"b", "criu-netlock 1 2026-11-23T15:13:55Z 1 criu more",
+		"criu-netlock 1 2026-11-23T15:13:55Z 1 criu x 1 1 b", "criu-netlock 1 2026-11-23T15:13:55Z 1 criu 1 x 1 b",
+		"criu-netlock 1 2026-11-23T15:13:55Z 1 criu 1 1 -1 b", "criu-netlock 1 2026-11-23T15:13:55Z 1 criu 1 1 1 a(b", "criu-netlock 1 2026-11-23T15:13:55Z 1 criu 1 1 1"} {
 		if _, _, err := ParseComment(bad); err == nil {
 			t.Errorf("%q passes for our metadata", bad)
 		}
@@ -36,5 +45,13 @@ func TestCommentNames(t *testing.T) {
 		if _, c, err := ParseComment(Comment(time.Now(), Caller{Name: name})); err != nil || c.Name != want {
 			t.Errorf("%q became %q, %v", name, c.Name, err)
 		}
+	}
+}
+
+// The caller and its task are known again by their start times, not by their pids alone.
+func TestCallerOf(t *testing.T) {
+	c := CallerOf(os.Getpid()).For(os.Getppid())
+	if c.PID != os.Getpid() || c.Name == "" || c.Start == 0 || len(c.Boot) != bootDigits || c.Task != os.Getppid() || c.TaskStart == 0 {
+		t.Errorf("%+v", c)
 	}
 }

@@ -22,18 +22,7 @@ import (
 	"errors"
 	"slices"
 	"time"
-
-	"github.com/criu-netlock/criu-netlock/netlock/internal/proc"
 )
-
-// Caller is who asked for a lock; it is written into the rule set.
-type Caller struct {
-	PID  int    `json:"pid"`
-	Name string `json:"name"`
-}
-
-// CallerOf is the task of that pid as a Caller.
-func CallerOf(pid int) Caller { return Caller{PID: pid, Name: proc.Comm(pid)} }
 
 // Options is what a lock is made from.
 type Options struct {
