@@ -1,7 +1,8 @@
 // Package early ends the process where CRIU's hook has nothing for us to do: most
 // hooks, and two of them while a container is frozen.
 //
-// It is a package of its own, and imports nothing but os, because Go initialises
+// It is a package of its own, and imports nothing but os and what
+// os imports, because Go initialises
 // packages in the order of their import paths as soon as what they import is ready.
 // So this comes before all that the other hooks and the commands need (nftables,
 // cobra, encoding, net), which is two thirds of what the program takes longer to
@@ -14,8 +15,13 @@ import "os"
 var Passed = pass()
 
 func pass() bool {
-	if name := os.Getenv("CRTOOLS_SCRIPT_ACTION"); name != "" && len(os.Args) == 1 && !Busy(name) {
-		os.Exit(0)
+	if name := os.Getenv("CRTOOLS_SCRIPT_ACTION"); name != "" && len(os.Args) == 1 {
+		if !Busy(name) {
+			os.Exit(0)
+		}
+		if Asks(name) {
+			ask(name)
+		}
 	}
 	return true
 }

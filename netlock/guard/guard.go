@@ -1,0 +1,296 @@
+// Package guard watches one checkpoint, so that a lock does not outlive it.
+//
+// CRIU calls no unlock hook after a failed restore, after a callback of its client
+// failed, or after it was killed. The guard is a resident process of our own program,
+// started by the hook before the freeze (pre-dump) or with the first lock of a restore
+// (setup-namespaces). It holds a pidfd of CRIU and one of the root task, and when CRIU
+// is gone and the lock is still there it does what decide says.
+//
+// It also serves the hooks of its checkpoint: being warm, and staying when the hook
+// exits, it locks faster than they can, and it is the one that waits for the kernel's
+// clean-up after an unlock. A hook that gets no answer does the work itself.
+//
+// Nothing is kept in files. The sockets in Dir say which guards there are; whether a
+// namespace is locked is asked of the kernel.
+package guard
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/criu-netlock/criu-netlock/netlock"
+	"github.com/criu-netlock/criu-netlock/netlock/internal/proc"
+)
+
+// Phase is what CRIU is about.
+type Phase string
+
+// The phases.
+const (
+	Dump    Phase = "dump"
+	Restore Phase = "restore"
+)
+
+// Policy says what becomes of a lock after a restore that failed.
+type Policy string
+
+// The policies; Previous is the default.
+const (
+	// Previous goes back to what the namespace was before the restore.
+	Previous Policy = "previous"
+	// Keep leaves it locked: no peer is reset before another restore, or an unlock.
+	Keep Policy = "keep"
+	// Unlock unlocks it.
+	Unlock Policy = "unlock"
+)
+
+// Locker is what a Guard needs of netlock.Locker.
+type Locker interface {
+	Unlock(context.Context, *netlock.Namespace) (netlock.State, error)
+	State(context.Context, *netlock.Namespace) (netlock.State, error)
+}
+
+// Checkpoint is what a guard watches.
+type Checkpoint struct {
+	Phase Phase
+	NS    *netlock.Namespace
+	// CRIU and Task are pids, and pidfds that the guard owns.
+	CRIU, Task     int
+	CRIUfd, TaskFD int
+	// WasLocked: the namespace was locked before this restore began.
+	WasLocked bool
+	// WasFrozen: the task was frozen or stopped before this dump began, by somebody
+	// else and on purpose.
+	WasFrozen bool
+}
+
+// Guard watches a Checkpoint.
+type Guard struct {
+	Checkpoint
+	Locker   Locker
+	Policy   Policy
+	Deadline time.Duration // how long an unlock that fails is tried again
+	// Hook does what a hook asks for. Over is told when nothing is left to guard.
+	Hook func(Request) Answer
+	// Log writes to the system's log: there is no other place once CRIU is gone.
+	Log func(format string, args ...any)
+	// Dir is for tests; empty means the Dir of the package.
+	Dir string
+}
+
+// verdict is what is to be done when CRIU is gone.
+type verdict int
+
+const (
+	over    verdict = iota // nothing of ours is there
+	keep                   // the tasks are dead: their peers must not be reset
+	release                // unlock
+	wait                   // look again when the task goes on, or dies
+)
+
+func (v verdict) String() string { return [...]string{"over", "keep", "release", "wait"}[v] }
+
+// facts are what decide decides by.
+type facts struct {
+	phase     Phase
+	found     bool // something of ours is in the namespace
+	alive     bool // the root task
+	stopped   bool // by a signal
+	frozen    bool // by a cgroup
+	wasFrozen bool
+	wasLocked bool
+	policy    Policy
+}
+
+// decide says what becomes of a lock whose CRIU is gone without unlocking.
+func decide(f facts) verdict {
+	switch {
+	case !f.found:
+		return over
+	case f.phase == Restore:
+		// Tasks that are still there are half restored and wait for CRIU for ever.
+		if f.policy == Keep || f.policy == Previous && f.wasLocked {
+			return keep
+		}
+		return release
+	case !f.alive:
+		return keep
+	case f.stopped, f.frozen && f.wasFrozen:
+		// criu dump --leave-stopped, or a container that was paused before. CRIU's own
+		// freezing of a cgroup stays too when CRIU is killed, and is nobody's purpose.
+		return wait
+	}
+	return release
+}
+
+// Serve takes the guard's place in Dir, calls ready, and watches until nothing is left
+// to guard. An error of ErrTaken means that another guard is there.
+func (g *Guard) Serve(ready func()) error {
+	s, err := listen(g.dir(), nameOf(g.NS.Inode(), g.CRIU))
+	if err != nil {
+		return err
+	}
+	defer s.close()
+	ready()
+	done := make(chan struct{}, 1)
+	go s.serve(func(r Request) Answer {
+		a := g.hook(r)
+		if a.over {
+			select {
+			case done <- struct{}{}:
+			default:
+			}
+		}
+		return a
+	})
+	gone := make(chan struct{})
+	go func() { waitPidfd(g.CRIUfd, -1); close(gone) }()
+	select {
+	case <-done:
+		return nil
+	case <-gone:
+	}
+	return g.settle(done)
+}
+
+func (g *Guard) dir() string {
+	if g.Dir != "" {
+		return g.Dir
+	}
+	return Dir
+}
+
+// hook does a hook's work in its turn.
+func (g *Guard) hook(r Request) Answer {
+	if r.expired() {
+		return Answer{Code: notDone}
+	}
+	t, err := takeTurn(g.dir(), g.NS.Inode(), time.Now().Add(turnTime))
+	if err != nil {
+		return Answer{Code: notDone}
+	}
+	defer t.done()
+	a := g.Hook(r)
+	// After an unlock that worked a dump is over; a restore's is when post-resume has
+	// looked, or when CRIU goes.
+	a.over = a.Code == 0 && (r.Action == "network-unlock" && g.Phase == Dump || r.Action == "post-resume")
+	return a
+}
+
+// Poll times of settle.
+const (
+	firstPoll = 50 * time.Millisecond
+	lastPoll  = time.Second
+)
+
+// settle does what decide says until it is done.
+func (g *Guard) settle(done <-chan struct{}) error {
+	poll := firstPoll
+	var failing time.Time // since when an unlock fails
+	for {
+		v, err := g.once()
+		switch {
+		case err == nil && v != wait:
+			return nil
+		case err == nil:
+			failing = time.Time{}
+		case failing.IsZero():
+			failing = time.Now()
+			g.Log("%v; trying again for %v", err, g.Deadline)
+		case time.Since(failing) > g.Deadline:
+			g.Log("%v; gave up after %v: run criu-netlock unlock", err, g.Deadline)
+			return err
+		}
+		select {
+		case <-done:
+			return nil
+		case <-time.After(poll):
+		}
+		poll = min(2*poll, lastPoll)
+	}
+}
+
+// once looks and acts in its turn: a checkpoint that begins meanwhile has its guard in
+// Dir before it locks, and then the lock is that one's.
+func (g *Guard) once() (verdict, error) {
+	t, err := takeTurn(g.dir(), g.NS.Inode(), time.Now().Add(turnTime))
+	if err != nil {
+		return wait, err
+	}
+	defer t.done()
+	if others(g.dir(), g.NS.Inode(), g.CRIU) {
+		return over, nil
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), unlockTime)
+	defer cancel()
+	st, err := g.Locker.State(ctx, g.NS)
+	if err != nil {
+		return wait, err
+	}
+	f := facts{phase: g.Phase, found: st.Found, wasFrozen: g.WasFrozen, wasLocked: g.WasLocked, policy: g.Policy}
+	f.alive = !waitPidfd(g.TaskFD, 0)
+	if f.alive {
+		f.stopped, f.frozen = Stopped(g.Task), Frozen(g.Task)
+	}
+	v := decide(f)
+	switch v {
+	case keep:
+		g.Log("CRIU, pid %d, is gone and %s is still locked: kept for a restore", g.CRIU, g.NS)
+	case release:
+		_, err := g.Locker.Unlock(ctx, g.NS)
+		if err != nil && netlock.KindOf(err) != netlock.KindTampered {
+			return wait, err
+		}
+		g.Log("CRIU, pid %d, was gone without unlocking %s: unlocked", g.CRIU, g.NS)
+	}
+	return v, nil
+}
+
+// Bounds of what a guard waits for.
+const (
+	turnTime   = time.Second
+	unlockTime = 5 * time.Second
+)
+
+// waitPidfd waits until the task of a pidfd is dead, a zombie included; for ever if
+// ms is -1. It tells whether it is.
+func waitPidfd(fd, ms int) bool {
+	for {
+		p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+		n, err := unix.Poll(p, ms)
+		if !errors.Is(err, unix.EINTR) {
+			return n > 0
+		}
+	}
+}
+
+// Stopped tells whether a signal has stopped the task.
+func Stopped(pid int) bool {
+	st, err := proc.StatOf(pid)
+	return err == nil && st.State == 'T'
+}
+
+// Open makes a Checkpoint of two pids. The namespace stays the caller's.
+func Open(phase Phase, ns *netlock.Namespace, criu, task int) (Checkpoint, error) {
+	c := Checkpoint{Phase: phase, NS: ns, CRIU: criu, Task: task, CRIUfd: -1, TaskFD: -1}
+	var err error
+	if c.CRIUfd, err = unix.PidfdOpen(criu, 0); err != nil {
+		return c, fmt.Errorf("pidfd_open of CRIU, pid %d: %w", criu, err)
+	}
+	if c.TaskFD, err = unix.PidfdOpen(task, 0); err != nil {
+		unix.Close(c.CRIUfd)
+		return c, fmt.Errorf("pidfd_open of the task, pid %d: %w", task, err)
+	}
+	c.WasFrozen = phase == Dump && (Stopped(task) || Frozen(task))
+	return c, nil
+}
+
+// Close closes the pidfds.
+func (c *Checkpoint) Close() {
+	unix.Close(c.CRIUfd)
+	unix.Close(c.TaskFD)
+}

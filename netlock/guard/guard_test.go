@@ -1,0 +1,439 @@
+package guard
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/criu-netlock/criu-netlock/netlock"
+	"github.com/criu-netlock/criu-netlock/netlock/netlocktest"
+)
+
+func TestDecide(t *testing.T) {
+	for name, c := range map[string]struct {
+		f    facts
+		want verdict
+	}{
+		"unlocked by CRIU":                     {facts{phase: Dump, alive: true}, over},
+		"restore, unlocked":                    {facts{phase: Restore, policy: Previous, wasLocked: true}, over},
+		"dump failed, task runs":               {facts{phase: Dump, found: true, alive: true}, release},
+		"dump killed the task":                 {facts{phase: Dump, found: true}, keep},
+		"left stopped":                         {facts{phase: Dump, found: true, alive: true, stopped: true}, wait},
+		"paused before":                        {facts{phase: Dump, found: true, alive: true, frozen: true, wasFrozen: true}, wait},
+		"paused before, runs again":            {facts{phase: Dump, found: true, alive: true, wasFrozen: true}, release},
+		"frozen by CRIU, which was killed":     {facts{phase: Dump, found: true, alive: true, frozen: true}, release},
+		"policies are for restores":            {facts{phase: Dump, found: true, alive: true, policy: Keep}, release},
+		"restore failed, new namespace":        {facts{phase: Restore, found: true, policy: Previous}, release},
+		"restore failed, was locked":           {facts{phase: Restore, found: true, policy: Previous, wasLocked: true}, keep},
+		"restore failed, half a task is there": {facts{phase: Restore, found: true, alive: true, policy: Previous, wasLocked: true}, keep},
+		"restore failed, keep":                 {facts{phase: Restore, found: true, policy: Keep}, keep},
+		"restore failed, unlock":               {facts{phase: Restore, found: true, policy: Unlock, wasLocked: true}, release},
+	} {
+		if got := decide(c.f); got != c.want {
+			t.Errorf("%s: %v, want %v", name, got, c.want)
+		}
+	}
+}
+
+func TestFrozenBy(t *testing.T) {
+	files := map[string]string{
+		"/sys/fs/cgroup/freezer/a/freezer.state":     "FROZEN\n",
+		"/sys/fs/cgroup/freezer/b/freezer.state":     "FREEZING\n",
+		"/sys/fs/cgroup/freezer/c/freezer.state":     "THAWED\n",
+		"/sys/fs/cgroup/d/cgroup.events":             "populated 1\nfrozen 1\n",
+		"/sys/fs/cgroup/e/cgroup.events":             "populated 1\nfrozen 0\n",
+		"/sys/fs/cgroup/unified/f:g h/cgroup.events": "frozen 1\n",
+	}
+	read := func(p string) (string, error) {
+		if s, ok := files[p]; ok {
+			return s, nil
+		}
+		return "", os.ErrNotExist
+	}
+	for lines, want := range map[string]bool{
+		"5:memory:/a\n4:freezer:/a\n0::/x\n": true, "4:freezer:/b": true, "4:freezer:/c": false, "4:devices,freezer:/a": true,
+		"0::/d": true, "0::/e": false, "0::/f:g h\n": true, "4:memory:/a": false, "": false, "nonsense": false, "4:freezer:/gone": false,
+	} {
+		if got := frozenBy(lines, read); got != want {
+			t.Errorf("%q: %v, want %v", lines, got, want)
+		}
+	}
+}
+
+// A pause of a real task is seen, and its end.
+func TestStopped(t *testing.T) {
+	pid := sleeper(t, "")
+	if Stopped(pid) || Frozen(pid) {
+		t.Fatal("a task that runs is stopped")
+	}
+	if err := unix.Kill(pid, unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "stopped", func() bool { return Stopped(pid) })
+}
+
+// fake is a Locker over a variable.
+type fake struct {
+	found   atomic.Bool
+	fail    atomic.Int32 // so many unlocks fail
+	unlocks atomic.Int32
+}
+
+func (f *fake) State(context.Context, *netlock.Namespace) (netlock.State, error) {
+	return netlock.State{Found: f.found.Load(), Locked: f.found.Load()}, nil
+}
+
+func (f *fake) Unlock(context.Context, *netlock.Namespace) (netlock.State, error) {
+	f.unlocks.Add(1)
+	if f.fail.Add(-1) >= 0 {
+		return netlock.State{}, errors.New("no")
+	}
+	f.found.Store(false)
+	return netlock.State{Found: true}, nil
+}
+
+// lab is a guard over a fake lock, with real tasks.
+type lab struct {
+	*Guard
+	lock       *fake
+	criu, task int
+	log        *strings.Builder
+	end        chan error
+}
+
+func newLab(t *testing.T, phase Phase, dir string, ns *netlock.Namespace) *lab {
+	l := &lab{lock: new(fake), criu: sleeper(t, "criu"), task: sleeper(t, "task"), log: new(strings.Builder), end: make(chan error, 1)}
+	c, err := Open(phase, ns, l.criu, l.task)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(c.Close)
+	l.lock.found.Store(true)
+	l.Guard = &Guard{
+		Checkpoint: c, Locker: l.lock, Policy: Previous, Deadline: 10 * time.Second, Dir: dir,
+		Hook: func(r Request) Answer { return Answer{Line: "did " + r.Action + "\n"} },
+		Log:  func(f string, a ...any) { fmt.Fprintf(l.log, f+"\n", a...) },
+	}
+	return l
+}
+
+func (l *lab) start(t *testing.T) {
+	t.Helper()
+	ready := make(chan struct{})
+	go func() { l.end <- l.Serve(func() { close(ready) }) }()
+	select {
+	case <-ready:
+	case err := <-l.end:
+		t.Fatalf("the guard did not start: %v", err)
+	}
+}
+
+func (l *lab) ends(t *testing.T) {
+	t.Helper()
+	select {
+	case err := <-l.end:
+		if err != nil {
+			t.Errorf("the guard ended with %v", err)
+		}
+	case <-time.After(10 * time.Second):
+		t.Fatal("the guard did not end")
+	}
+}
+
+func sleeper(t *testing.T, name string) int {
+	t.Helper()
+	c := exec.Command("sleep", "600")
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = c.Process.Kill(); _ = c.Wait() })
+	return c.Process.Pid
+}
+
+func kill(t *testing.T, pid int) {
+	t.Helper()
+	if err := unix.Kill(pid, unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func eventually(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	for end := time.Now().Add(10 * time.Second); !ok(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("not %s after 10 s", what)
+		}
+	}
+}
+
+func namespace(t *testing.T) *netlock.Namespace { return netlocktest.NewNS(t).Netns() }
+
+func tempDir(t *testing.T) string { return t.TempDir() + "/guard" }
+
+func TestUnlocksWhenCRIUIsKilled(t *testing.T) {
+	l := newLab(t, Dump, tempDir(t), namespace(t))
+	l.start(t)
+	if l.lock.unlocks.Load() != 0 {
+		t.Fatal("unlocked while CRIU lives")
+	}
+	kill(t, l.criu)
+	l.ends(t)
+	if l.lock.found.Load() || l.lock.unlocks.Load() != 1 {
+		t.Errorf("not unlocked; %s", l.log)
+	}
+}
+
+func TestKeepsWhenTheTaskIsDead(t *testing.T) {
+	l := newLab(t, Dump, tempDir(t), namespace(t))
+	l.start(t)
+	kill(t, l.task)
+	kill(t, l.criu)
+	l.ends(t)
+	if l.lock.unlocks.Load() != 0 {
+		t.Error("the lock of a dead task was taken off")
+	}
+}
+
+// A task that was left stopped stays locked until it goes on.
+func TestWaitsForAStoppedTask(t *testing.T) {
+	l := newLab(t, Dump, tempDir(t), namespace(t))
+	if err := unix.Kill(l.task, unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "stopped", func() bool { return Stopped(l.task) })
+	l.start(t)
+	kill(t, l.criu)
+	select {
+	case <-l.end:
+		t.Fatal("the guard of a stopped task ended")
+	case <-time.After(3 * firstPoll): // it has looked
+	}
+	if l.lock.unlocks.Load() != 0 {
+		t.Fatal("a stopped task was unlocked")
+	}
+	if err := unix.Kill(l.task, unix.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	l.ends(t)
+	if l.lock.found.Load() {
+		t.Error("not unlocked when the task went on")
+	}
+}
+
+func TestTriesAgain(t *testing.T) {
+	l := newLab(t, Dump, tempDir(t), namespace(t))
+	l.lock.fail.Store(3)
+	l.start(t)
+	kill(t, l.criu)
+	l.ends(t)
+	if l.lock.found.Load() || !strings.Contains(l.log.String(), "trying again") {
+		t.Errorf("not unlocked, or in silence: %q", l.log)
+	}
+}
+
+func TestGivesUpLoudly(t *testing.T) {
+	l := newLab(t, Dump, tempDir(t), namespace(t))
+	l.lock.fail.Store(1 << 30)
+	l.Deadline = 100 * time.Millisecond
+	l.start(t)
+	kill(t, l.criu)
+	if err := <-l.end; err == nil || !strings.Contains(l.log.String(), "gave up") {
+		t.Errorf("%v, log %q", err, l.log)
+	}
+}
+
+// The lock of a checkpoint that another guard watches is that one's to take off.
+func TestTwoGuardsAgree(t *testing.T) {
+	dir, ns := tempDir(t), namespace(t)
+	one, two := newLab(t, Dump, dir, ns), newLab(t, Dump, dir, ns)
+	two.lock, two.Locker = one.lock, one.lock
+	one.start(t)
+	two.start(t)
+	kill(t, one.criu)
+	one.ends(t)
+	if one.lock.unlocks.Load() != 0 {
+		t.Fatal("the first unlocked under the second's feet")
+	}
+	kill(t, two.criu)
+	two.ends(t)
+	if one.lock.found.Load() {
+		t.Error("the last one did not unlock")
+	}
+}
+
+func TestTaken(t *testing.T) {
+	l := newLab(t, Dump, tempDir(t), namespace(t))
+	l.start(t)
+	second := *l.Guard
+	if err := second.Serve(func() {}); !errors.Is(err, ErrTaken) {
+		t.Errorf("a second guard of one checkpoint: %v", err)
+	}
+	kill(t, l.criu)
+	l.ends(t)
+	// The place of a dead guard is free.
+	s, err := listen(l.Guard.Dir, nameOf(l.NS.Inode(), l.criu))
+	if err != nil {
+		t.Fatal(err)
+	}
+	f, err := s.l.File() // a copy keeps the socket, as SIGKILL does
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.l.SetUnlinkOnClose(false)
+	s.close()
+	f.Close()
+	if s, err = listen(l.Guard.Dir, nameOf(l.NS.Inode(), l.criu)); err != nil {
+		t.Errorf("the place of a dead guard: %v", err)
+	} else {
+		s.close()
+	}
+}
+
+func TestPlaceIsOurs(t *testing.T) {
+	for name, make := range map[string]func(string) error{
+		"open to all": func(d string) error { return errors.Join(os.Mkdir(d, 0o777), os.Chmod(d, 0o777)) },
+		"a link":      func(d string) error { return errors.Join(os.Mkdir(d+"2", 0o700), os.Symlink(d+"2", d)) },
+		"a file":      func(d string) error { return os.WriteFile(d, nil, 0o600) },
+		"another's":   func(d string) error { return errors.Join(os.Mkdir(d, 0o700), os.Chown(d, 65534, 65534)) },
+	} {
+		dir := tempDir(t)
+		if err := make(dir); err != nil {
+			t.Fatal(err)
+		}
+		if s, err := listen(dir, "1.2.3"); err == nil {
+			s.close()
+			t.Errorf("%s: a guard took it for its place", name)
+		}
+	}
+}
+
+func TestTurns(t *testing.T) {
+	dir := tempDir(t)
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	first, err := takeTurn(dir, 7, time.Now().Add(time.Second))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := takeTurn(dir, 7, time.Now().Add(20*time.Millisecond)); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("two had the turn: %v", err)
+	}
+	if other, err := takeTurn(dir, 8, time.Now()); err != nil {
+		t.Errorf("another namespace's turn: %v", err)
+	} else {
+		other.done()
+	}
+	first.done()
+	// Many: never two at a time, and no file is left.
+	var in, sum atomic.Int32
+	end := make(chan error)
+	const workers, rounds = 8, 50
+	for range workers {
+		go func() {
+			for range rounds {
+				t, err := takeTurn(dir, 7, time.Now().Add(time.Minute))
+				if err != nil {
+					end <- err
+					return
+				}
+				if in.Add(1) != 1 {
+					err = errors.New("two at a time")
+				}
+				sum.Add(1)
+				in.Add(-1)
+				t.done()
+				if err != nil {
+					end <- err
+					return
+				}
+			}
+			end <- nil
+		}()
+	}
+	for range workers {
+		if err := <-end; err != nil {
+			t.Error(err)
+		}
+	}
+	if left, _ := os.ReadDir(dir); len(left) != 0 || sum.Load() != workers*rounds {
+		t.Errorf("%d turns of %d, left %v", sum.Load(), workers*rounds, left)
+	}
+}
+
+func TestMessages(t *testing.T) {
+	r := Request{Action: "network-lock", PID: "12", ImageDir: "/proc/1/fd/3", Config: "/etc/x", Sent: 99}
+	if got, err := parseRequest(r.encode()); err != nil || got != r {
+		t.Errorf("%+v, %v", got, err)
+	}
+	if (Request{Sent: monotonic()}).expired() || !(Request{Sent: monotonic() - int64(time.Second)}).expired() || !(Request{Sent: monotonic() + int64(time.Minute)}).expired() {
+		t.Error("the age of a request")
+	}
+	if b := (Answer{Code: 7, Line: strings.Repeat("x", 2*maxMessage)}).encode(); len(b) != maxMessage || string(b[:4]) != "007 " {
+		t.Errorf("%d bytes, %q", len(b), b[:4])
+	}
+}
+
+// Whatever comes over the socket, the guard goes on and answers the next hook.
+func FuzzSocket(f *testing.F) {
+	f.Add([]byte("1\x00123\x00network-lock\x001\x00\x00"))
+	f.Add([]byte(strconv.Itoa(1)))
+	f.Add([]byte{})
+	f.Fuzz(func(t *testing.T, b []byte) {
+		r, err := parseRequest(b)
+		if err == nil && string(r.encode()) != string(b) {
+			if n, e := strconv.ParseInt(strings.Split(string(b), "\x00")[1], 10, 64); e != nil || n != r.Sent {
+				t.Errorf("%q became %q", b, r.encode())
+			}
+		}
+	})
+}
+
+func TestGarbage(t *testing.T) {
+	l := newLab(t, Dump, tempDir(t), namespace(t))
+	l.start(t)
+	path := l.Guard.Dir + "/" + nameOf(l.NS.Inode(), l.criu)
+	send := func(b []byte) (string, error) {
+		fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			return "", err
+		}
+		defer unix.Close(fd)
+		if err := unix.Connect(fd, &unix.SockaddrUnix{Name: path}); err != nil {
+			return "", err
+		}
+		if b != nil {
+			if err := unix.Sendto(fd, b, unix.MSG_NOSIGNAL, nil); err != nil {
+				return "", err
+			}
+		}
+		var out [100]byte
+		n, err := unix.Read(fd, out[:])
+		return string(out[:max(n, 0)]), err
+	}
+	for _, b := range [][]byte{{0}, []byte("GET / HTTP/1.0\r\n\r\n"), make([]byte, 2*maxMessage), []byte("1\x00x\x00a\x00b\x00c\x00d"), []byte("2\x001\x00a\x00b\x00c\x00d")} {
+		if got, err := send(b); got != "" || err != nil {
+			t.Errorf("%.20q was answered with %q, %v", b, got, err)
+		}
+	}
+	stale := Request{Action: "network-lock", Sent: monotonic() - int64(time.Second)}
+	if got, err := send(stale.encode()); err != nil || got != "255 " {
+		t.Errorf("a request that its hook has given up: %q, %v", got, err)
+	}
+	if got, err := send(Request{Action: "network-lock", Sent: monotonic()}.encode()); err != nil || got != "000 did network-lock\n" {
+		t.Errorf("%q, %v", got, err)
+	}
+	if got, err := send(Request{Action: "network-unlock", Sent: monotonic()}.encode()); err != nil || got != "000 did network-unlock\n" {
+		t.Errorf("%q, %v", got, err)
+	}
+	l.ends(t) // after the unlock of a dump nothing is left to guard
+}
