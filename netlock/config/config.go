@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/pelletier/go-toml/v2"
+	"github.com/pelletier/go-toml/v2/unstable"
 	"golang.org/x/sys/unix"
 
 	"github.com/criu-netlock/criu-netlock/netlock"
@@ -157,6 +158,9 @@ func Parse(path string, text []byte) (Config, error) {
 		LogLevel *string  `toml:"log-level"`
 		Allow    []string `toml:"allow"`
 	}
+	if err := strict(path, text); err != nil {
+		return cfg, fail(err)
+	}
 	if err := decode(text, &raw); err != nil {
 		return cfg, fail(position(path, err))
 	}
@@ -218,6 +222,79 @@ func decode(text []byte, v any) error {
 	return toml.NewDecoder(strings.NewReader(string(text))).DisallowUnknownFields().Decode(v)
 }
 
+// strict finds the mistakes that the decoder takes, or cannot place: it matches keys
+// whatever their case, so that Backend beside backend would be the same key twice, and
+// it says 1:1 of an array within an array. Broken TOML is left to it.
+func strict(path string, text []byte) error {
+	var p unstable.Parser
+	p.Reset(text)
+	for p.NextExpression() {
+		e := p.Expression()
+		switch e.Kind {
+		case unstable.KeyValue, unstable.Table, unstable.ArrayTable:
+		default:
+			continue
+		}
+		key := e.Key()
+		if !key.Next() {
+			continue
+		}
+		first := key.Node()
+		switch name := string(first.Data); name {
+		case "backend", "timeout", "log-level", "allow":
+		default:
+			return placedAt(path, text, int(first.Raw.Offset), unknownKey(name))
+		}
+		if e.Kind != unstable.KeyValue || !key.IsLast() || e.Value().Kind != unstable.Array {
+			continue
+		}
+		// An array has no range of its own: it begins behind what comes before it.
+		at := skip(text, int(first.Raw.Offset+first.Raw.Length), " \t=")
+		at++ // the bracket
+		for items := e.Value().Children(); items.Next(); {
+			item := items.Node()
+			if item.Kind == unstable.Array {
+				return placedAt(path, text, skip(text, at, " \t\r\n,"), wrongType("array"))
+			}
+			if item.Kind != unstable.String {
+				break // the decoder places that well
+			}
+			at = int(item.Raw.Offset + item.Raw.Length)
+		}
+	}
+	return nil
+}
+
+// skip returns where, from at on, something else than the given characters and comments
+// begins.
+func skip(text []byte, at int, chars string) int {
+	for ; at < len(text); at++ {
+		switch {
+		case text[at] == '#':
+			for at+1 < len(text) && text[at+1] != '\n' {
+				at++
+			}
+		case !strings.ContainsRune(chars, rune(text[at])):
+			return at
+		}
+	}
+	return at
+}
+
+func unknownKey(key string) error {
+	return fmt.Errorf("unknown key %q; want backend, timeout, log-level or allow, in small letters", clip(key))
+}
+
+func wrongType(got string) error {
+	return errors.New("wrong type: " + got + ", where a string, for allow a list of strings, is wanted")
+}
+
+// placedAt words an error at an offset.
+func placedAt(path string, text []byte, offset int, err error) error {
+	before := string(text[:min(offset, len(text))])
+	return fmt.Errorf("%s:%d:%d: %w", name(path), 1+strings.Count(before, "\n"), len(before)-strings.LastIndex(before, "\n"), err)
+}
+
 // position words a decoder's error as FILE:LINE:COLUMN: what is wrong.
 func position(path string, err error) error {
 	var (
@@ -227,13 +304,13 @@ func position(path string, err error) error {
 	switch {
 	case errors.As(err, &unknown) && len(unknown.Errors) > 0:
 		at = &unknown.Errors[0]
-		err = fmt.Errorf("unknown key %q; want backend, timeout, log-level or allow", clip(strings.Join(at.Key(), ".")))
+		err = unknownKey(strings.Join(at.Key(), "."))
 	case errors.As(err, &at):
 		msg := strings.TrimPrefix(at.Error(), "toml: ")
-		if got, _, ok := strings.Cut(msg, " into "); ok && strings.HasPrefix(got, "cannot decode TOML ") {
-			msg = "wrong type: " + strings.TrimPrefix(got, "cannot decode TOML ") + ", where a string, for allow a list of strings, is wanted"
-		}
 		err = errors.New(msg)
+		if got, _, ok := strings.Cut(msg, " into "); ok && strings.HasPrefix(got, "cannot decode TOML ") {
+			err = wrongType(strings.TrimPrefix(got, "cannot decode TOML "))
+		}
 	default:
 		return fmt.Errorf("%s: %w", name(path), err)
 	}
