@@ -3,6 +3,7 @@ package netlock
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"path/filepath"
 	"runtime"
 	"strconv"
@@ -24,6 +25,12 @@ type Namespace struct {
 	// inside is the thread of the last Do that is still in its function; 0 for none.
 	inside atomic.Int32
 }
+
+// What is said of the host's namespace wherever it is refused.
+const (
+	hosts = "the host's namespace"
+	never = "it is never locked: the host would lose its network"
+)
 
 // ErrOwnNamespace is wrapped by the refusal of the caller's own namespace.
 var ErrOwnNamespace = errors.New("our own namespace")
@@ -74,7 +81,7 @@ func FromPID(pid int) (*Namespace, error) {
 			return fail(KindRefused, "open namespace", errors.New("a kernel thread"), "a kernel thread lives in the host's namespace")
 		}
 		if pid == 1 { // may have a capability more than root in a shell
-			return fail(KindRefused, "open namespace", errors.New("the host's namespace"), "it is never locked: the host would lose its network")
+			return fail(KindRefused, "open namespace", errors.New(hosts), never)
 		}
 		return fail(KindPrivilege, "open namespace", err, MissingCapability(unix.CAP_SYS_ADMIN, unix.CAP_SYS_PTRACE))
 	case err != nil:
@@ -129,6 +136,9 @@ func FromPath(path string) (*Namespace, error) {
 	// O_PATH first: opening a device or a fifo for reading can do something.
 	fd, err := unix.Open(file, unix.O_PATH|unix.O_CLOEXEC, 0)
 	if err != nil {
+		if (err == unix.EACCES || err == unix.EPERM) && isHostsPath(file) {
+			return fail(KindRefused, errors.New(hosts), never)
+		}
 		return fail(openKind(err), err, openHint(err))
 	}
 	defer unix.Close(fd)
@@ -148,6 +158,24 @@ func FromPath(path string) (*Namespace, error) {
 		return fail(KindInput, err, "")
 	}
 	return newNamespace(nsfd, file)
+}
+
+// isHostsPath tells whether a path that may not be followed leads to the namespace of
+// pid 1 or of a kernel thread, which can have capabilities that we have not: the host's
+// namespace is to be refused, not to be tried again with more privileges.
+func isHostsPath(path string) bool {
+	// The link cannot be read, and the error says which one that was after all others.
+	var link *fs.PathError
+	if _, err := filepath.EvalSymlinks(path); !errors.As(err, &link) {
+		return false
+	}
+	f := strings.Split(link.Path, "/")
+	// /proc/PID/ns/net, /proc/PID/task/TID/ns/net
+	if n := len(f); (n != 5 && n != 7) || f[0] != "" || f[1] != "proc" || f[n-2] != "ns" || f[n-1] != "net" || n == 7 && f[3] != "task" {
+		return false
+	}
+	pid, err := strconv.Atoi(f[2])
+	return err == nil && (pid == 1 || isKernelThread(pid))
 }
 
 func openKind(err error) Kind {
@@ -212,7 +240,6 @@ func (ns *Namespace) check() error {
 	refuse := func(why, hint string) error {
 		return &Error{Kind: KindRefused, Op: "open", Namespace: ns.String(), Err: errors.New(why), Hint: hint}
 	}
-	const never = "it is never locked: the host would lose its network"
 	same := func(path string) (bool, error) {
 		var o unix.Stat_t
 		if err := unix.Stat(path, &o); err != nil {
@@ -228,7 +255,7 @@ func (ns *Namespace) check() error {
 	case own:
 		return &Error{Kind: KindRefused, Op: "open", Namespace: ns.String(), Err: ErrOwnNamespace, Hint: "CRIU locks no task that shares its namespace"}
 	case st.Ino == initialNetIno:
-		return refuse("the host's namespace", never)
+		return refuse(hosts, never)
 	}
 	host, err := same("/proc/1/ns/net")
 	if err != nil && isKernelThread(2) {
@@ -241,7 +268,7 @@ func (ns *Namespace) check() error {
 		return &Error{Kind: KindPrivilege, Op: "stat /proc/1/ns/net", Namespace: ns.String(), Err: err,
 			Hint: "without it the host's namespace cannot be told; " + MissingCapability(unix.CAP_SYS_PTRACE)}
 	case host:
-		return refuse("the host's namespace", never)
+		return refuse(hosts, never)
 	}
 	return nil
 }

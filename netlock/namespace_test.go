@@ -211,6 +211,66 @@ func TestFromPathRefuses(t *testing.T) {
 	wantKind(t, ns, err, netlock.KindRefused, "our own namespace")
 }
 
+// The host's namespace is refused by a path too, whether or not we may look at pid 1:
+// here root in a shell often may not, and without CAP_SYS_PTRACE nobody may.
+func TestFromPathRefusesHost(t *testing.T) {
+	netlocktest.Need(t)
+	link := filepath.Join(t.TempDir(), "link")
+	if err := os.Symlink("/proc/1/ns/net", link); err != nil {
+		t.Fatal(err)
+	}
+	far := filepath.Join(t.TempDir(), "far")
+	if err := os.Symlink(link, far); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{"/proc/1/ns/net", "/proc/1/task/1/ns/net", "//proc/./1/ns/../ns/net", link, far, "/proc/2/ns/net"} {
+		for _, may := range []bool{true, false} {
+			done := make(chan struct{})
+			go func() {
+				defer close(done)
+				runtime.LockOSThread() // and never unlocked: its capabilities go with it
+				if !may {
+					dropCapability(t, unix.CAP_SYS_PTRACE)
+				}
+				ns, err := netlock.FromPath(path)
+				wantKind(t, ns, err, netlock.KindRefused, "namespace")
+			}()
+			<-done
+		}
+	}
+}
+
+// dropCapability takes a capability from the calling thread.
+func dropCapability(t *testing.T, c int) {
+	var data [2]unix.CapUserData
+	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	if err := unix.Capget(&hdr, &data[0]); err != nil {
+		t.Error(err)
+	}
+	data[c/32].Effective &^= 1 << (c % 32)
+	if err := unix.Capset(&hdr, &data[0]); err != nil {
+		t.Error(err)
+	}
+	if netlock.HasCapability(c) {
+		t.Error("the capability is still there")
+	}
+}
+
+func TestMissingCapability(t *testing.T) {
+	for _, c := range []struct {
+		caps []int
+		want string
+	}{
+		{[]int{unix.CAP_NET_ADMIN}, "CAP_NET_ADMIN is there: "},
+		{[]int{unix.CAP_NET_ADMIN, unix.CAP_NET_RAW}, "CAP_NET_ADMIN and CAP_NET_RAW are there: "},
+	} {
+		netlocktest.Need(t)
+		if got := netlock.MissingCapability(c.caps...); !strings.HasPrefix(got, c.want) {
+			t.Errorf("%q; %q is wanted", got, c.want)
+		}
+	}
+}
+
 func TestFromFDRefuses(t *testing.T) {
 	pid, _ := sleeper(t)
 	for path, kind := range map[string]netlock.Kind{

@@ -37,7 +37,11 @@ func MissingCapability(caps ...int) string {
 		}
 	}
 	if len(missing) == 0 {
-		return strings.Join(names, " and ") + " are there: a security module, a seccomp filter or another user namespace forbids it"
+		verb := " are there"
+		if len(names) == 1 {
+			verb = " is there"
+		}
+		return strings.Join(names, " and ") + verb + ": a security module, a seccomp filter or another user namespace forbids it"
 	}
 	return "run with " + strings.Join(missing, " and ")
 }

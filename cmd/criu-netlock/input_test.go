@@ -24,6 +24,7 @@ var needsPID = []action.Name{
 }
 
 func TestBadPID(t *testing.T) {
+	netlocktest.Need(t, "setpriv")
 	free, locked := newSpace(t), newSpace(t)
 	run(t, "lock", "--pid", locked.pid).want(t, 0)
 	self := strconv.Itoa(os.Getpid())
@@ -68,6 +69,15 @@ func TestBadPID(t *testing.T) {
 			run(t, cmd, "--pid", self).oneError(t, 4, "our own namespace")
 			run(t, cmd, "--netns", "/proc/self/ns/net").oneError(t, 4, "our own namespace")
 		}
+	})
+	t.Run("the host's namespace, by a path", func(t *testing.T) {
+		untouched(t, func() {
+			for _, cmd := range []string{"lock", "unlock", "status", "check"} {
+				run(t, cmd, "--netns", "/proc/1/ns/net").oneError(t, 4, "namespace")
+				run(t, cmd, "--pid", free.pid, "--netns", "/proc/1/ns/net").oneError(t, 4)
+				execute(t, nil, "setpriv", "--bounding-set=-sys_ptrace", "--inh-caps=-sys_ptrace", program, cmd, "--netns", "/proc/1/ns/net").oneError(t, 4, "the host's namespace")
+			}
+		}, free)
 	})
 	t.Run("the host's namespace, seen from another", func(t *testing.T) {
 		untouched(t, func() {
