@@ -54,7 +54,8 @@ type cli struct {
 	json    bool
 	all     bool
 
-	ran bool // past the checks of cobra, whose errors are all bad input
+	out stdout // of help and completion
+	ran bool   // past the checks of cobra, whose errors are all bad input
 }
 
 // runCommand runs the command line and returns the exit code.
@@ -63,10 +64,12 @@ func runCommand(start time.Time, args []string) int {
 	root := c.root()
 	root.SetArgs(args)
 	err := root.Execute()
-	if err == nil {
+	switch {
+	case c.out.err != nil:
+		err = c.out.err // cobra swallows it, or returns it as if the arguments were wrong
+	case err == nil:
 		return 0
-	}
-	if !c.ran {
+	case !c.ran:
 		err = &netlock.Error{Kind: netlock.KindInput, Err: err, Hint: "criu-netlock --help tells more"}
 	}
 	list, ok := err.(errs) //nolint:errorlint // not wrapped: it is printed line by line
@@ -74,7 +77,12 @@ func runCommand(start time.Time, args []string) int {
 		list = errs{err}
 	}
 	for _, e := range list {
-		say("criu-netlock: " + oneLine(e.Error()) + "\n")
+		if errors.As(e, new(*stdoutError)) && errors.Is(e, unix.EPIPE) {
+			// Whoever read has seen enough, as head has: no reason for a line. Others die of
+			// SIGPIPE there, 141 to a shell; we end as with any stdout that cannot be written.
+			continue
+		}
+		say("criu-netlock: " + told(e) + "\n")
 	}
 	return netlock.ExitCode(list[0])
 }
@@ -98,6 +106,8 @@ func (c *cli) root() *cobra.Command {
 		},
 		RunE: func(*cobra.Command, []string) error { return errors.New(usage) },
 	}
+	root.SetOut(&c.out) // before the completion command is made, which asks for it then
+	root.SetErr(stderr{})
 	root.SetHelpCommand(&cobra.Command{
 		Use: "help [command]", Short: "Help about a command",
 		RunE: func(_ *cobra.Command, args []string) error {
@@ -290,7 +300,7 @@ const failed = "failed"
 func (t target) outcome(result, backend string, err error) outcome {
 	o := outcome{Netns: t.ns.Inode(), Target: t.foundAt, Result: result, err: err, Backend: orNull(backend)}
 	if err != nil {
-		o.Error = orNull(oneLine(err.Error()))
+		o.Error = orNull(told(err))
 	}
 	return o
 }
@@ -563,9 +573,36 @@ func (c *cli) printVersion() error {
 	return printText(fmt.Sprintf("criu-netlock %s\nrule set format %s\n%s\n", v, ruleSetFormat, goVersion))
 }
 
+// stdout is where cobra prints. os.Stdout would have us killed by a pipe that nobody
+// reads, and cobra forgets most errors.
+type stdout struct{ err error }
+
+func (o *stdout) Write(b []byte) (int, error) {
+	if o.err == nil {
+		o.err = printText(string(b))
+	}
+	if o.err != nil {
+		return 0, o.err
+	}
+	return len(b), nil
+}
+
+type stderr struct{}
+
+func (stderr) Write(b []byte) (int, error) {
+	say(string(b))
+	return len(b), nil
+}
+
+// stdoutError is what became of writing to stdout.
+type stdoutError struct{ err error }
+
+func (e *stdoutError) Error() string { return "write to stdout: " + e.err.Error() }
+func (e *stdoutError) Unwrap() error { return e.err }
+
 func printText(s string) error {
 	if err := write(unix.Stdout, s); err != nil {
-		return fmt.Errorf("write to stdout: %w", err)
+		return &stdoutError{err}
 	}
 	return nil
 }

@@ -3,6 +3,7 @@ package main
 // The program as a command line.
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -268,10 +269,44 @@ func TestUnwritableStdout(t *testing.T) {
 	s := newSpace(t)
 	sh := func(args string) result { return execute(t, nil, "sh", "-c", program+" "+args) }
 	sh("status --pid "+s.pid+" >/dev/full").oneError(t, 1, "write to stdout")
+	for _, args := range []string{"completion bash", "completion zsh", "completion fish", "completion powershell", "help", "help lock", "--help", "unlock -h", "version", "list --json"} {
+		sh(args+" >/dev/full").oneError(t, 1, "write to stdout: no space left on device")
+	}
 	sh("lock --pid "+s.pid+" >/dev/full").want(t, 0)
 	s.wantLocked(t, true)
 	sh("unlock --pid "+s.pid+" <&- >&- 2>&-").want(t, 0)
 	s.wantLocked(t, false)
+}
+
+// A reader that has gone, as head goes, gets no line on stderr and kills nobody.
+func TestBrokenStdout(t *testing.T) {
+	netlocktest.Need(t, "env")
+	s := newSpace(t)
+	for _, sigpipe := range []string{"--default-signal=PIPE", "--ignore-signal=PIPE"} {
+		for _, c := range []struct {
+			code int
+			args []string
+		}{
+			{1, []string{"help"}}, {1, []string{"--help"}}, {1, []string{"lock", "--help"}}, {1, []string{"version"}}, {1, []string{"version", "--json"}},
+			{1, []string{"list", "--json"}}, {1, []string{"status", "--pid", s.pid}}, {1, []string{"check"}},
+			{1, []string{"completion", "bash"}}, {1, []string{"__complete", "lo"}},
+			{0, []string{"lock", "--pid", s.pid}}, {0, []string{"unlock", "--pid", s.pid}},
+		} {
+			ctx, cancel := context.WithTimeout(context.Background(), patience)
+			defer cancel()
+			var stderr bytes.Buffer
+			cmd := command(ctx, nil, append([]string{"env", sigpipe, program}, c.args...)...)
+			cmd.Stdout, cmd.Stderr = brokenPipe(t), &stderr
+			_ = cmd.Run() // the exit code tells
+			said := stderr.String()
+			if c.args[0] == "__complete" {
+				said = "" // cobra tells the shell's script there what it did
+			}
+			if code := cmd.ProcessState.ExitCode(); code != c.code || said != "" {
+				t.Errorf("%v: %v, stderr %q; exit %d and no word are wanted", c.args, cmd.ProcessState, stderr.String(), c.code)
+			}
+		}
+	}
 }
 
 func TestMountinfo(t *testing.T) {

@@ -89,5 +89,41 @@ func oneLine(s string) string {
 	}, strings.ReplaceAll(s, "\n", "; "))
 }
 
+// told is an error as it is printed: on one line, and the same story once. Where a
+// capability is missing, every backend says so.
+func told(err error) string {
+	var stories []string
+	missing := map[string]int{} // advice to the place among stories of who gave it
+	for _, e := range joined(err) {
+		text := oneLine(e.Error())
+		var n *netlock.Error
+		if errors.As(e, &n) && n.Kind == netlock.KindPrivilege {
+			key := n.Namespace + n.Hint
+			if i, ok := missing[key]; ok {
+				if len(text) < len(stories[i]) {
+					stories[i] = text
+				}
+				continue
+			}
+			missing[key] = len(stories)
+		}
+		stories = append(stories, text)
+	}
+	return strings.Join(stories, "; ")
+}
+
+// joined takes apart what errors.Join has put together.
+func joined(err error) []error {
+	list, ok := err.(interface{ Unwrap() []error }) //nolint:errorlint // only one that is nothing but a list
+	if !ok || errors.Join(list.Unwrap()...).Error() != err.Error() {
+		return []error{err}
+	}
+	var out []error
+	for _, e := range list.Unwrap() {
+		out = append(out, joined(e)...)
+	}
+	return out
+}
+
 // parent is who started us: CRIU, or a shell.
 func parent() netlock.Caller { return netlock.CallerOf(os.Getppid()) }

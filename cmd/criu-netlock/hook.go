@@ -72,7 +72,7 @@ func logHook(start time.Time, levelName string, ev action.Event, rep action.Repo
 		slog.Int64("duration_us", time.Since(start).Microseconds()),
 	}
 	if err != nil {
-		attrs = append(attrs, slog.String("err", oneLine(err.Error())))
+		attrs = append(attrs, slog.String("err", told(err)))
 	}
 	// UTC, so that no time zone is read from the disk.
 	r := slog.NewRecord(time.Now().UTC(), level, msg, 0)
