@@ -24,6 +24,9 @@ import (
 var program string
 
 func TestMain(m *testing.M) {
+	if names := os.Getenv(envRefuse); names != "" {
+		runRefused(names)
+	}
 	dir, err := os.MkdirTemp("", "criu-netlock-test")
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)

@@ -272,8 +272,14 @@ func TestHeld(t *testing.T) {
 	untouched(t, func() {
 		hook(t, "network-lock", held.pid).oneError(t, 7)
 		run(t, "lock", "--pid", held.pid).oneError(t, 7)
+		// pre-dump says so before the freeze, and check before there is a dump.
+		hook(t, "pre-dump", held.pid).oneError(t, 7, "live processes own tables")
+		r := run(t, "check", "--pid", free.pid, "--pid", held.pid).want(t, 7, "failed   net:[", "live processes own tables under both of our names", "can be locked; is not locked now")
+		if !isOneLine(r.stderr) {
+			t.Error(r)
+		}
 		// All or none: the free one is unlocked again.
-		r := run(t, "lock", "--pid", free.pid, "--pid", held.pid).want(t, 7)
+		r = run(t, "lock", "--pid", free.pid, "--pid", held.pid).want(t, 7)
 		if !isOneLine(r.stderr) {
 			t.Error(r)
 		}
