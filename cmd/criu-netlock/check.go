@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/criu-netlock/criu-netlock/iptables"
 	"github.com/criu-netlock/criu-netlock/netlock"
 	"github.com/criu-netlock/criu-netlock/netlock/config"
 )
@@ -63,6 +64,19 @@ func (k *checker) text() string {
 	return b.String()
 }
 
+// advised splits an error into what happened and what to do; otherwise is what to do
+// where the error does not say.
+func advised(err error, otherwise string) (text, advice string) {
+	text = told(err)
+	var e *netlock.Error
+	if errors.As(err, &e) && e.Hint != "" {
+		if rest, ok := strings.CutSuffix(text, "; "+oneLine(e.Hint)); ok {
+			return rest, e.Hint
+		}
+	}
+	return text, otherwise
+}
+
 // versionTime bounds a program that is asked for its version.
 const versionTime = 3 * time.Second
 
@@ -104,7 +118,7 @@ func (k *checker) configuration(err error, cfg config.Config) {
 	_, statErr := os.Stat(path)
 	switch {
 	case err != nil:
-		k.fail(netlock.KindInput, "configuration", "no lock is taken until it is right", "%s", errors.Unwrap(err))
+		k.fail(netlock.KindInput, "configuration", "correct it: until then every lock is refused", "%s", errors.Unwrap(err))
 	case errors.Is(statErr, os.ErrNotExist):
 		k.ok("configuration", "%s does not exist: the defaults hold", path)
 	default:
@@ -123,15 +137,15 @@ func (k *checker) privileges() {
 	} {
 		name := netlock.CapabilityName(p.capability)
 		if netlock.HasCapability(p.capability) {
-			k.ok("privilege", "%s is there, %s", name, p.use)
+			k.ok("privilege", "%s is there, which it takes %s", name, p.use)
 		} else {
-			k.fail(netlock.KindPrivilege, "privilege", "run as root, or give it", "%s is missing, %s", name, p.use)
+			k.fail(netlock.KindPrivilege, "privilege", "run as root, or with "+name, "%s is missing, which it takes %s", name, p.use)
 		}
 	}
 	if netlock.HasCapability(unix.CAP_NET_RAW) {
-		k.ok("privilege", "CAP_NET_RAW is there, for legacy iptables")
+		k.ok("privilege", "CAP_NET_RAW is there, which legacy iptables takes")
 	} else {
-		k.warn("privilege", "nft does without it", "CAP_NET_RAW is missing, for legacy iptables")
+		k.warn("privilege", "run as root, or with CAP_NET_RAW, if legacy iptables is to be a way to lock; nft does without it", "CAP_NET_RAW is missing, which legacy iptables takes")
 	}
 }
 
@@ -144,7 +158,7 @@ func (k *checker) kernel() {
 	// A child in its own right is not needed: we are a task too.
 	fd, err := unix.PidfdOpen(os.Getpid(), 0)
 	if err != nil {
-		k.fail(netlock.KindNoBackend, "kernel", "Linux 5.8 or newer is needed", "Linux %s: pidfd_open: %v", release, err)
+		k.fail(netlock.KindNoBackend, "kernel", "Linux 5.8 or newer is needed, and a seccomp filter must not forbid it", "Linux %s: pidfd_open: %v", release, err)
 		return
 	}
 	defer unix.Close(fd)
@@ -187,11 +201,13 @@ func (k *checker) backends(cfg config.Config) {
 		case err == nil:
 			k.ok(what, "locked and unlocked in a new namespace in %v", took.Round(10*time.Microsecond))
 		default:
-			k.warn(what, "", "%v", err)
+			text, advice := advised(err, "nothing, if the backend that is chosen works")
+			k.warn(what, advice, "%s", text)
 		}
 	}
 	if err != nil {
-		k.fail(netlock.KindOf(err), "backend = "+cfg.Backend, "", "%v", err)
+		text, advice := advised(err, "see the lines above, one for each backend")
+		k.fail(netlock.KindOf(err), "backend = "+cfg.Backend, advice, "%s", text)
 		return
 	}
 	k.ok("backend = "+cfg.Backend, "locks by %s", chosen.Backend)
@@ -231,39 +247,22 @@ func output(path string, args ...string) (string, error) {
 	})
 }
 
+// iptables looks for the programs where the backend does, and nowhere else.
 func (k *checker) iptables() {
-	found := false
-	for _, v := range []string{"legacy", "nft"} {
-		names := []string{"iptables-" + v + "-restore", "ip6tables-" + v + "-restore"}
-		var have []string
-		for _, n := range names {
-			p := lookPath(n)
-			if p == "" {
-				continue
-			}
-			out, err := output(p, "--version")
-			if err != nil {
-				k.warn("iptables", "", "%s --version: %v", p, err)
-				continue
-			}
-			have = append(have, p+" ("+strings.TrimSpace(firstLine(out))+")")
+	for _, v := range []iptables.Variant{iptables.Legacy, iptables.NFT} {
+		what := "iptables-" + string(v)
+		paths, err := iptables.Tools(v)
+		if err != nil {
+			k.warn(what, "install iptables, if nft is not to be the only way to lock", "%v", err)
+			continue
 		}
-		if len(have) > 0 {
-			found = true
-			k.ok("iptables", "%s: %s", v, strings.Join(have, ", "))
+		version, err := output(paths[0], "--version")
+		if err != nil {
+			k.warn(what, "reinstall iptables, if nft is not to be the only way to lock", "%s --version: %v", paths[0], err)
+			continue
 		}
+		k.ok(what, "%s, %s", strings.Join(paths, ", "), strings.TrimSpace(firstLine(version)))
 	}
-	if found {
-		return
-	}
-	if p := lookPath("iptables-restore"); p != "" {
-		out, err := output(p, "--version")
-		if err == nil {
-			k.ok("iptables", "%s (%s)", p, strings.TrimSpace(firstLine(out)))
-			return
-		}
-	}
-	k.warn("iptables", "nft does without it", "no iptables-restore was found")
 }
 
 func firstLine(s string) string {
@@ -287,7 +286,7 @@ func (k *checker) criu() criuVersion {
 	}
 	out, err := output(p, "--version")
 	if err != nil {
-		k.warn("CRIU", "", "%s --version: %v", p, err)
+		k.warn("CRIU", "make it run: without CRIU there is no checkpoint to lock for", "%s --version: %v", p, err)
 		return criuVersion{}
 	}
 	var v criuVersion
@@ -299,9 +298,9 @@ func (k *checker) criu() criuVersion {
 	}
 	switch {
 	case !v.known():
-		k.warn("CRIU", "", "%s: %s", p, firstLine(out))
+		k.warn("CRIU", "see for yourself that it is 3.19 or newer", "%s prints no version: %q", p, firstLine(out))
 	case v.below(2, 10):
-		k.fail(netlock.KindInput, "CRIU", "3.19 or newer is needed for everything", "%s, %s", p, out)
+		k.fail(netlock.KindInput, "CRIU", "install 3.19 or newer", "%s, %s: too old for action scripts as they are run today", p, out)
 	case v.below(3, 19):
 		k.warn("CRIU", "use 3.19 or newer with runc, crun, podman, Docker and for network-lock skip; with LXC and by hand this one will do", "%s, %s: action scripts from a file do not work with RPC clients", p, out)
 	default:
@@ -320,7 +319,7 @@ func (k *checker) criuFiles(files []criuFile, v criuVersion) {
 			continue
 		}
 		if err != nil {
-			k.warn(f.path, "", "%v", err)
+			k.warn(f.path, "make it a file that can be read, or remove it: CRIU reads it too", "%v", err)
 			continue
 		}
 		lines := 0
@@ -395,7 +394,7 @@ func (k *checker) scripts(scripts []script, v criuVersion) {
 		}
 		switch {
 		case s.bad != "":
-			k.fail(netlock.KindInput, s.where, "every dump and restore fails with it", "action-script %q %s", s.path, s.bad)
+			k.fail(netlock.KindInput, s.where, "correct the line: every dump and restore fails with it", "action-script %q %s", s.path, s.bad)
 		case !s.ours:
 			k.ok(s.where, "action-script %s, not ours", s.path)
 		case s.file.rpc && v.below(3, 19):
@@ -417,9 +416,10 @@ func (k *checker) targets(cfg config.Config, ts []target) {
 		what := oneLine(t.String())
 		switch {
 		case err != nil:
-			k.fail(netlock.KindOf(err), what, "", "%v", err)
+			text, advice := advised(err, "criu-netlock status tells more about it")
+			k.fail(netlock.KindOf(err), what, advice, "%s", text)
 		case st.Held:
-			k.fail(netlock.KindHeld, what, "end them", "live processes own tables under both of our names")
+			k.fail(netlock.KindHeld, what, "find them with nft list ruleset in the namespace, and end them", "live processes own tables under both of our names")
 		case st.Locked && st.Intact:
 			k.ok(what, "can be locked; is locked now, by %s since %s", st.Backend, st.Since.UTC().Format(time.RFC3339))
 		case st.Found:

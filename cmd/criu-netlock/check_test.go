@@ -2,10 +2,12 @@ package main
 
 import (
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/criu-netlock/criu-netlock/netlock"
+	"github.com/criu-netlock/criu-netlock/netlock/netlocktest"
 )
 
 func TestCheck(t *testing.T) {
@@ -37,6 +39,75 @@ func TestCheck(t *testing.T) {
 	bad := decoded[report](t, execute(t, []string{"CRIU_NETLOCK_CONFIG=/"}, program, "check", "--json").want(t, 2))
 	if bad.Possible || bad.Checks[0].Level != "failed" || bad.Checks[0].Advice == "" {
 		t.Errorf("%+v", bad)
+	}
+}
+
+// wantAdvice checks that what is not well comes with what to do about it.
+func wantAdvice(t *testing.T, findings []finding) {
+	t.Helper()
+	for _, f := range findings {
+		if (f.Level == "ok") != (f.Advice == "") || f.What == "" || f.Finding == "" {
+			t.Errorf("%+v", f)
+		}
+	}
+}
+
+// Whatever is wrong, every line that is not ok says what to do.
+func TestCheckAdvises(t *testing.T) {
+	netlocktest.Need(t, "setpriv", "unshare", "mount")
+	held := newSpace(t)
+	held.own(t)
+	type report struct{ Checks []finding }
+	criu := t.TempDir()
+	writeScript(t, criu+"/criu", "exit 1")
+	odd := t.TempDir()
+	writeScript(t, odd+"/criu", "echo what")
+	old := t.TempDir()
+	writeScript(t, old+"/criu", "echo Version: 2.9")
+	for _, c := range []struct {
+		name string
+		code int
+		bad  []string // what must not be ok
+		r    result
+	}{
+		{"no capability", 5, []string{"privilege", "backend nft", "backend = auto"}, execute(t, nil, "setpriv", "--bounding-set=-all", "--inh-caps=-all", program, "check", "--json")},
+		{"no nf_tables", 0, []string{"backend nft"}, refused(t, "netfilter-unsupported", nil, program, "check", "--json")},
+		{"nf_tables forbidden", 5, []string{"backend nft", "backend = auto"}, refused(t, "netfilter-forbidden", nil, program, "check", "--json")},
+		{"old kernel", 6, []string{"kernel"}, refused(t, "pidfd-missing", nil, program, "check", "--json")},
+		{"no tools", 0, []string{"iptables-legacy", "iptables-nft", "backend iptables-legacy"}, execute(t, nil, withoutTools(program, "check", "--json")...)},
+		{"no tools, and they are wanted", 6, []string{"iptables-legacy", "iptables-nft", "backend = iptables"}, execute(t, nil, withoutTools(program, "check", "--backend", "iptables", "--json")...)},
+		{"bad configuration", 2, []string{"configuration"}, execute(t, []string{"CRIU_NETLOCK_CONFIG=/"}, program, "check", "--json")},
+		{"held", 7, nil, run(t, "check", "--json", "--pid", held.pid)},
+		{"no answer from criu", 0, []string{"CRIU"}, execute(t, []string{"PATH=" + criu}, program, "check", "--json")},
+		{"no version of criu", 0, []string{"CRIU"}, execute(t, []string{"PATH=" + odd}, program, "check", "--json")},
+		{"old criu", 2, []string{"CRIU"}, execute(t, []string{"PATH=" + old}, program, "check", "--json")},
+		{"unreadable configuration of CRIU", 0, []string{"/etc"}, execute(t, []string{"CRIU_CONFIG_FILE=/etc"}, program, "check", "--json")},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			c.r.want(t, c.code)
+			checks := decoded[report](t, c.r).Checks
+			wantAdvice(t, checks)
+			for _, what := range c.bad {
+				if !slices.ContainsFunc(checks, func(f finding) bool { return f.What == what && f.Level != "ok" }) {
+					t.Errorf("nothing is said of %s: %v", what, c.r)
+				}
+			}
+		})
+	}
+}
+
+// The tools are looked for where the backend looks, wherever PATH leads.
+func TestCheckTools(t *testing.T) {
+	netlocktest.Need(t, "iptables-legacy-restore")
+	dir := t.TempDir()
+	for _, n := range []string{"iptables-legacy-restore", "ip6tables-legacy-restore", "iptables-nft-restore", "ip6tables-nft-restore"} {
+		writeScript(t, dir+"/"+n, "exit 0")
+	}
+	env := []string{"PATH=" + dir + ":/usr/bin:/bin"}
+	r := execute(t, env, program, "check").want(t, 0, "ok       iptables-legacy: /usr/sbin/iptables-legacy-restore, ")
+	hidden := execute(t, env, withoutTools(program, "check")...).want(t, 0, "warning  iptables-legacy: not supported here: there is no ", "warning  iptables-nft: ")
+	if strings.Contains(r.stdout+hidden.stdout, dir) {
+		t.Errorf("%v\n%v", r, hidden)
 	}
 }
 
@@ -131,6 +202,7 @@ func TestCheckCRIUFiles(t *testing.T) {
 			names := strings.NewReplacer(pairs...)
 			k := &checker{}
 			k.criuFiles(files, criuVersion{c.major, c.minor})
+			wantAdvice(t, k.Findings)
 			text := names.Replace(k.text())
 			if !strings.Contains(text, c.says) {
 				t.Errorf("%q is wanted:\n%s", c.says, text)

@@ -242,16 +242,19 @@ func TestMissingCapability(t *testing.T) {
 	})
 }
 
+// withoutTools runs argv where the directories of iptables' tools are empty.
+func withoutTools(argv ...string) []string {
+	script := `for d in /usr/sbin /sbin /usr/local/sbin; do
+		[ ! -d $d ] || mount -t tmpfs none $d || exit 99
+	done; exec "$@"`
+	return append([]string{"unshare", "-m", "sh", "-c", script, "sh"}, argv...)
+}
+
 // A host without iptables' tools, where iptables is asked for by name.
 func TestNoBackend(t *testing.T) {
 	netlocktest.Need(t, "unshare", "mount")
 	s := newSpace(t)
-	hide := func(args ...string) []string {
-		script := `for d in /usr/sbin /sbin /usr/local/sbin; do
-			[ ! -d $d ] || mount -t tmpfs none $d || exit 99
-		done; exec "$@"`
-		return append([]string{"unshare", "-m", "sh", "-c", script, "sh", program}, args...)
-	}
+	hide := func(args ...string) []string { return withoutTools(append([]string{program}, args...)...) }
 	env := "CRIU_NETLOCK_CONFIG=" + file(t, "c", `backend = "iptables"`)
 	untouched(t, func() {
 		execute(t, nil, hide("lock", "--backend", "iptables", "--pid", s.pid)...).oneError(t, 6)
