@@ -84,6 +84,10 @@ func runCommand(start time.Time, args []string) int {
 		}
 		say("criu-netlock: " + told(e) + "\n")
 	}
+	var signal *interrupted
+	if errors.As(err, &signal) {
+		signal.die()
+	}
 	return netlock.ExitCode(list[0])
 }
 
@@ -353,33 +357,48 @@ func (c *cli) lock() error {
 		return err
 	}
 	l := newLocker(cfg, parent())
-	out, err := within(c.start, cfg.Timeout, func(ctx context.Context) ([]outcome, error) {
-		return lockAll(ctx, l, ts), nil
+	var stop error
+	out, err := within(c.start, cfg.Timeout, func(ctx context.Context) (out []outcome, _ error) {
+		ctx, done := interruptible(ctx)
+		defer done()
+		out, stop = lockAll(ctx, l, ts)
+		return out, nil
 	})
 	if err != nil {
 		return err
 	}
-	return c.report(out)
+	err = c.report(out)
+	if err == nil && stop != nil {
+		err = stop
+	}
+	return err
 }
 
-func lockAll(ctx context.Context, l *netlock.Locker, ts []target) []outcome {
-	out := make([]outcome, len(ts))
+// lockAll locks all, or leaves none locked that was not. stop is what kept it from it,
+// if that was no target's failure.
+func lockAll(ctx context.Context, l *netlock.Locker, ts []target) (out []outcome, stop error) {
+	out = make([]outcome, len(ts))
 	mine := make([]bool, len(ts)) // locked by this call
+	outer := ctx
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	stop := errors.New("another target failed")
+	failure := errors.New("another target failed")
+	stopped := func() bool {
+		cause := context.Cause(ctx)
+		return cause == failure || errors.As(cause, new(*interrupted))
+	}
 	parallel(len(ts), func(i int) {
-		if context.Cause(ctx) == stop {
+		if stopped() {
 			out[i] = ts[i].outcome("not tried", "", nil)
 			return
 		}
 		res, err := l.Lock(ctx, ts[i].ns)
 		switch {
-		case err != nil && context.Cause(ctx) == stop:
-			out[i] = ts[i].outcome("not locked", "", nil) // cancelled: the failure is the other's
+		case err != nil && stopped():
+			out[i] = ts[i].outcome("not locked", "", nil) // cancelled, by another's failure or a signal
 		case err != nil:
 			out[i] = ts[i].outcome(failed, "", err)
-			cancel(stop)
+			cancel(failure)
 		case res.Already:
 			out[i] = ts[i].outcome("already locked", res.Backend, nil)
 		default:
@@ -387,10 +406,18 @@ func lockAll(ctx context.Context, l *netlock.Locker, ts []target) []outcome {
 			out[i] = ts[i].outcome("locked", res.Backend, nil)
 		}
 	})
-	if !slices.ContainsFunc(out, func(o outcome) bool { return o.err != nil }) {
-		return out
+	var signal *interrupted
+	if errors.As(context.Cause(outer), &signal) {
+		stop = signal
+	} else if !slices.ContainsFunc(out, func(o outcome) bool { return o.err != nil }) {
+		return out, nil
 	}
-	undo, cancelUndo := context.WithTimeout(context.WithoutCancel(ctx), netlock.UndoTime)
+	// All the time that is left: many may be locked by now.
+	end := time.Now().Add(netlock.UndoTime)
+	if d, ok := ctx.Deadline(); ok && d.After(end) {
+		end = d
+	}
+	undo, cancelUndo := context.WithDeadline(context.WithoutCancel(ctx), end)
 	defer cancelUndo()
 	parallel(len(ts), func(i int) {
 		if !mine[i] {
@@ -402,7 +429,7 @@ func lockAll(ctx context.Context, l *netlock.Locker, ts []target) []outcome {
 		}
 		out[i] = ts[i].outcome("unlocked again", "", nil)
 	})
-	return out
+	return out, stop
 }
 
 // unlock unlocks all targets, whatever happens to any. As in the hook, a wrong

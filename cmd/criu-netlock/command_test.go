@@ -14,8 +14,11 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/criu-netlock/criu-netlock/netlock/netlocktest"
 )
@@ -144,6 +147,63 @@ func TestLockMany(t *testing.T) {
 	for i, s := range spaces {
 		if i != 7 {
 			s.wantLocked(t, false)
+		}
+	}
+}
+
+// A signal in the middle of locking many: all or none holds then, too, and the program
+// ends by the signal.
+func TestLockInterrupted(t *testing.T) {
+	netlocktest.Need(t, "strace")
+	var spaces []*space
+	args := []string{"lock", "--timeout", "15s"}
+	for range 16 {
+		s := newSpace(t)
+		spaces = append(spaces, s)
+		args = append(args, "--pid", s.pid)
+	}
+	run(t, "lock", "--pid", spaces[5].pid).want(t, 0) // it was locked before, and stays so
+	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP} {
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		defer cancel()
+		var out, stderr bytes.Buffer
+		pidFile := filepath.Join(t.TempDir(), "pid")
+		// Slow enough that there is a middle: every message to the kernel takes a while.
+		cmd := command(ctx, nil, append([]string{"strace", "-f", "-o", "/dev/null", "-e", "trace=sendto", "-e", "inject=sendto:delay_enter=60000",
+			"sh", "-c", `echo $$ >"$0"; exec "$@"`, pidFile, program}, args...)...)
+		cmd.Stdout, cmd.Stderr = &out, &stderr
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "a first lock", func() bool {
+			for _, s := range spaces[:4] {
+				if s.isLocked(t) {
+					return true
+				}
+			}
+			return false
+		})
+		b, err := os.ReadFile(pidFile)
+		if err != nil {
+			t.Fatal(err)
+		}
+		pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := syscall.Kill(pid, sig); err != nil {
+			t.Fatal(err)
+		}
+		_ = cmd.Wait() // the status tells; strace ends as its child does
+		ws, ok := cmd.ProcessState.Sys().(syscall.WaitStatus)
+		if !ok || !ws.Signaled() || ws.Signal() != sig || !isOneLine(stderr.String()) || !strings.Contains(stderr.String(), "ended by "+unix.SignalName(sig)) {
+			t.Errorf("%v: %v\n%s%s", sig, cmd.ProcessState, &out, &stderr)
+		}
+		if !strings.Contains(out.String(), ": unlocked again\n") || !strings.Contains(out.String(), ": not tried\n") || strings.Contains(out.String(), ": locked") {
+			t.Errorf("%v: not in the middle, or not honest:\n%s", sig, &out)
+		}
+		for i, s := range spaces {
+			s.wantLocked(t, i == 5)
 		}
 	}
 }
