@@ -209,8 +209,11 @@ func checkNetNS(fd int) error {
 }
 
 // FromFD takes a duplicate of an open namespace; fd stays the caller's.
-func FromFD(fd int) (*Namespace, error) {
-	name := "fd " + strconv.Itoa(fd)
+func FromFD(fd int) (*Namespace, error) { return FromNamedFD(fd, "fd "+strconv.Itoa(fd)) }
+
+// FromNamedFD is FromFD for a caller who knows a name that tells a person more than the
+// number of a descriptor.
+func FromNamedFD(fd int, name string) (*Namespace, error) {
 	if err := checkNetNS(fd); err != nil {
 		return nil, &Error{Kind: KindInput, Op: "open namespace", Namespace: name, Err: err}
 	}

@@ -24,6 +24,10 @@ import (
 var program string
 
 func TestMain(m *testing.M) {
+	if spec := os.Getenv(envFUSE); spec != "" {
+		runFUSE(spec)
+		os.Exit(0)
+	}
 	if names := os.Getenv(envRefuse); names != "" {
 		runRefused(names)
 	}

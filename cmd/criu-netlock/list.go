@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -61,12 +62,21 @@ type scan struct {
 	seen map[uint64]bool // inodes of namespaces, whether or not they are ours to look at
 	ts   []target
 	bad  errs
+	// silent are mounts whose path cannot be walked without asking a file system that
+	// may never answer, by inode.
+	silent map[uint64]string
+	// nsfs is the device of namespaces, 0 if unknown.
+	nsfs uint64
 }
 
 // namespaces opens every network namespace but the host's and our own: first those
 // with a name, then the bind mounts of every mount namespace, then those of tasks.
 func namespaces(ctx context.Context) ([]target, error) {
-	s := &scan{seen: make(map[uint64]bool)}
+	s := &scan{seen: make(map[uint64]bool), silent: make(map[uint64]string)}
+	var self unix.Stat_t
+	if unix.Stat("/proc/thread-self/ns/net", &self) == nil {
+		s.nsfs = self.Dev
+	}
 	names, err := os.ReadDir(netlock.NamedDir)
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		s.bad = append(s.bad, err)
@@ -78,8 +88,10 @@ func namespaces(ctx context.Context) ([]target, error) {
 	if err != nil {
 		return nil, err
 	}
-	s.mounts("/proc/self", "")
-	type view struct{ mnt, dev, root uint64 }
+	if root, err := unix.Open("/", unix.O_PATH|unix.O_CLOEXEC, 0); err == nil {
+		s.mounts("/proc/self", "", root)
+		unix.Close(root)
+	}
 	views := make(map[view]bool)
 	for _, pid := range pids {
 		if ctx.Err() != nil {
@@ -87,20 +99,48 @@ func namespaces(ctx context.Context) ([]target, error) {
 			return nil, ctx.Err()
 		}
 		dir := "/proc/" + strconv.Itoa(pid)
-		// Tasks of one mount namespace with one root see the same mounts.
-		var mnt, root unix.Stat_t
-		if unix.Stat(dir+"/ns/mnt", &mnt) != nil || unix.Stat(dir+"/root", &root) != nil {
+		root, err := unix.Open(dir+"/root", unix.O_PATH|unix.O_CLOEXEC, 0)
+		if err != nil {
 			continue // dead, a zombie, or not to be seen
 		}
-		if v := (view{mnt.Ino, root.Dev, root.Ino}); !views[v] {
+		if v, ok := viewOf(dir, root); ok && !views[v] {
 			views[v] = true
-			s.mounts(dir, dir+"/root")
+			s.mounts(dir, dir+"/root", root)
 		}
+		unix.Close(root)
 	}
 	for _, pid := range pids {
 		s.task(pid)
 	}
+	for _, ino := range slices.Sorted(maps.Keys(s.silent)) {
+		if at := s.silent[ino]; !s.seen[ino] {
+			s.bad = append(s.bad, &netlock.Error{
+				Kind: netlock.KindOther, Op: "list", Namespace: fmt.Sprintf("net:[%d]", ino),
+				Err:  errors.New(at + ": passed over: it lies in a file system that may never answer"),
+				Hint: "unmount it there, or end the tasks that see it",
+			})
+		}
+	}
 	return s.ts, s.bad.all()
+}
+
+// view is what a task sees: tasks of one mount namespace with one root see the same.
+type view struct{ mnt, rootMount, rootDev, root uint64 }
+
+func viewOf(dir string, root int) (v view, ok bool) {
+	var mnt unix.Stat_t
+	if unix.Stat(dir+"/ns/mnt", &mnt) != nil {
+		return v, false
+	}
+	st, err := cachedStat(root)
+	return view{mnt.Ino, st.Mnt_id, unix.Mkdev(st.Dev_major, st.Dev_minor), st.Ino}, err == nil
+}
+
+// cachedStat asks for nothing but what the kernel has at hand: a plain stat waits for the
+// server of a FUSE or network file system.
+func cachedStat(fd int) (st unix.Statx_t, err error) {
+	err = unix.Statx(fd, "", unix.AT_EMPTY_PATH|unix.AT_STATX_DONT_SYNC, 0, &st)
+	return st, err
 }
 
 // tasks lists the pids of /proc in order.
@@ -150,7 +190,7 @@ func (s *scan) path(path string, ino uint64) {
 }
 
 // mounts takes every network namespace that a mount table has, by way of root.
-func (s *scan) mounts(procDir, root string) {
+func (s *scan) mounts(procDir, root string, rootFD int) {
 	f, err := os.Open(procDir + "/mountinfo")
 	if err != nil {
 		return
@@ -160,8 +200,56 @@ func (s *scan) mounts(procDir, root string) {
 	lines.Buffer(nil, 1<<20)
 	for lines.Scan() {
 		if ino, at, ok := netnsMount(lines.Text()); ok && !s.seen[ino] {
-			s.path(root+at, ino)
+			s.mount(rootFD, at, root+at, ino)
 		}
+	}
+}
+
+// resolveCached is RESOLVE_CACHED of linux/openat2.h, Linux 5.12.
+const resolveCached = 0x20
+
+// mount takes the namespace mounted at a path below root.
+//
+// Anybody who may mount can put it where the walk to it leads through a file system of
+// theirs, and who waits for that file system's answer can wait for ever: not a deadline
+// and not SIGKILL ends such a wait. So the walk may use what the kernel has cached, which
+// for a mount point is all of its path, unless a file system insists on being asked.
+func (s *scan) mount(root int, at, path string, ino uint64) {
+	how := unix.OpenHow{
+		Flags:   unix.O_PATH | unix.O_CLOEXEC | unix.O_NOFOLLOW,
+		Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS | resolveCached,
+	}
+	fd, err := -1, error(unix.EAGAIN)
+	for try := 0; try < 8 && err == unix.EAGAIN; try++ { // any mount or rename meanwhile is EAGAIN too
+		fd, err = unix.Openat2(root, at, &how)
+	}
+	switch err {
+	case nil:
+	case unix.EAGAIN:
+		s.silent[ino] = path
+		return
+	case unix.EINVAL, unix.ENOSYS, unix.EPERM: // before Linux 5.12, or a seccomp filter
+		s.path(path, ino)
+		return
+	default:
+		return // gone by now
+	}
+	defer unix.Close(fd)
+	st, err := cachedStat(fd)
+	if err != nil || st.Ino != ino || unix.Mkdev(st.Dev_major, st.Dev_minor) != s.nsfs {
+		return // covered by another mount
+	}
+	nsfd, err := unix.Open("/proc/thread-self/fd/"+strconv.Itoa(fd), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return
+	}
+	defer unix.Close(nsfd)
+	ns, err := netlock.FromNamedFD(nsfd, path)
+	switch {
+	case err == nil:
+		s.add(ns, path)
+	case netlock.KindOf(err) == netlock.KindRefused:
+		s.seen[ino] = true
 	}
 }
 
