@@ -115,15 +115,25 @@ func (c *cli) check() error {
 
 func (k *checker) configuration(err error, cfg config.Config) {
 	path := config.Path(os.LookupEnv)
-	_, statErr := os.Stat(path)
 	switch {
 	case err != nil:
-		k.fail(netlock.KindInput, "configuration", "correct it: until then every lock is refused", "%s", errors.Unwrap(err))
-	case errors.Is(statErr, os.ErrNotExist):
+		text, advice := advised(err, "correct it: until then every lock is refused")
+		var e *netlock.Error
+		if errors.As(err, &e) && e.Err != nil && e.Hint == "" {
+			text = e.Err.Error() // what is being done is the line's beginning already
+		}
+		k.fail(netlock.KindOf(err), "configuration", advice, "%s", text)
+	case !isThere(path):
 		k.ok("configuration", "%s does not exist: the defaults hold", path)
 	default:
 		k.ok("configuration", "%s: backend %s, timeout %v, log-level %s, %d allow rules", path, cfg.Backend, cfg.Timeout, cfg.LogLevel, len(cfg.Allow))
 	}
+}
+
+// isThere tells whether a configuration that was read came from a file.
+func isThere(path string) bool {
+	_, err := config.Read(path, false)
+	return !errors.Is(err, os.ErrNotExist)
 }
 
 func (k *checker) privileges() {

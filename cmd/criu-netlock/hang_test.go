@@ -52,3 +52,63 @@ func TestListPassesOverSilentMounts(t *testing.T) {
 		t.Errorf("net:[%s] is to be told once by each: %v", ino, r)
 	}
 }
+
+// A configuration in a file system that does not answer, at whichever request: hooks and
+// commands end in time, and an unlock goes on without it.
+func TestSilentConfiguration(t *testing.T) {
+	for _, c := range []struct {
+		name, silent string
+		code         int // of a lock
+	}{
+		{"answers", "", 0}, {"lookup", "1", 8}, {"read", "15", 8},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel() // they wait, most of the time
+			silent := c.silent
+			if silent == "" {
+				silent = "99999" // no request of FUSE's
+			}
+			r := confined(t, `
+				mkdir $dir/fuse
+				unshare -n sleep 600 & task=$!
+				until "$1" status --pid $task >/dev/null 2>&1; do :; done
+				`+envFUSE+`=$dir/fuse::`+silent+`:$dir/ready "$2" &
+				until [ -e $dir/ready ]; do :; done
+				hook() { CRIU_NETLOCK_CONFIG=$dir/fuse/d/f CRTOOLS_SCRIPT_ACTION=$1 CRTOOLS_INIT_PID=$task "$program"; }
+				program=$1
+				begin=$(cut -d' ' -f1 /proc/uptime)
+				code=0; hook network-lock || code=$?; echo -- lock $code
+				code=0; CRIU_NETLOCK_CONFIG=$dir/fuse/d/f "$1" status --pid $task || code=$?; echo -- status $code
+				"$1" lock --pid $task
+				code=0; hook network-unlock || code=$?; echo -- unlock $code
+				"$1" status --pid $task
+				echo "took $begin $(cut -d' ' -f1 /proc/uptime)"`)
+			code := strconv.Itoa(c.code)
+			r.want(t, 0, "-- lock "+code+"\n", "-- status "+code+"\n", "-- unlock "+code+"\n", "result=unlocked", ": not locked\n")
+			if c.code != 0 {
+				r.want(t, 0, "read configuration: ", "no answer within 2s", "result=failed")
+			}
+			if r.took.Seconds() > 12 { // three times the two seconds
+				t.Errorf("too late: %v", r)
+			}
+		})
+	}
+}
+
+// A file on this machine is read without another process, known to the kernel's cache or
+// not: that would be a frozen container's time.
+func TestConfigurationNeedsNoProcess(t *testing.T) {
+	netlocktest.Need(t, "strace", "unshare", "mount")
+	dir := t.TempDir()
+	for _, path := range []string{dir + "/absent", dir + "/no/such/directory", file(t, "c", "backend = \"nft\""), "/dev/null", "/dev/shm/no such file"} {
+		trace := dir + "/trace"
+		execute(t, []string{"CRTOOLS_SCRIPT_ACTION=pre-restore", "CRIU_NETLOCK_CONFIG=" + path}, "strace", "-f", "-o", trace, "-e", "trace=execve,openat2,open", program).want(t, 0)
+		b, err := os.ReadFile(trace)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n := strings.Count(string(b), "execve("); n != 1 {
+			t.Errorf("%s: %d programs were run:\n%s", path, n, b)
+		}
+	}
+}

@@ -23,7 +23,7 @@ func runHook(start time.Time) int {
 	var rep action.Report
 	done := false // what the hook is for is done, whatever err says
 	if err == nil {
-		cfg, cfgErr = config.Load(config.Path(os.LookupEnv))
+		cfg, cfgErr = loadConfig()
 		ev.Caller = parent()
 		op := action.OpOf(ev.Action)
 		// A container left without its network is worse than an ignored configuration, of

@@ -21,5 +21,8 @@ func main() {
 			os.Exit(runHook(start))
 		}
 	}
+	if len(os.Args) == 3 && os.Args[1] == readConfigArg {
+		os.Exit(runReadConfig(os.Args[2]))
+	}
 	os.Exit(runCommand(start, os.Args[1:]))
 }

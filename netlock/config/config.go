@@ -102,23 +102,34 @@ func clip(s string) string {
 // Load reads a file. One that is not there means the defaults. Every error is a
 // *netlock.Error of KindInput, and with it come the defaults.
 func Load(path string) (Config, error) {
-	b, err := read(path)
+	b, err := Read(path, true)
+	return FromRead(path, b, err)
+}
+
+// FromRead is Load for a caller who has called Read.
+func FromRead(path string, text []byte, err error) (Config, error) {
 	if errors.Is(err, os.ErrNotExist) {
 		return Default(), nil
 	}
 	if err != nil {
 		return Default(), fail(fmt.Errorf("%s: %w", name(path), err))
 	}
-	return Parse(path, b)
+	return Parse(path, text)
 }
 
-// read reads a regular file or /dev/null: what else a path can name may block, or
-// never end.
-func read(path string) ([]byte, error) {
+// Read reads a regular file or /dev/null: what else a path can name may block, or never
+// end. Unless patient, it answers ErrMayWait of a file system that may never answer.
+func Read(path string, patient bool) ([]byte, error) {
 	if strings.ContainsRune(path, 0) {
 		return nil, errors.New("a NUL in the file's name")
 	}
-	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
+	open := openLocal
+	if patient {
+		open = func(path string) (int, error) {
+			return unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
+		}
+	}
+	fd, err := open(path)
 	if err != nil {
 		return nil, err
 	}

@@ -2,6 +2,7 @@ package config
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -184,6 +185,14 @@ func TestLoad(t *testing.T) {
 		{"a\x00b", Auto, "NUL"},
 	} {
 		cfg, err := Load(c.path)
+		// Here nothing may wait, and being careful makes no difference, but where a link
+		// leads nowhere.
+		text, readErr := Read(c.path, false)
+		if c.path == link+"/x" && errors.Is(readErr, ErrMayWait) {
+			// A process of its own finds out.
+		} else if careful, carefulErr := FromRead(c.path, text, readErr); !reflect.DeepEqual(careful, cfg) || fmt.Sprint(carefulErr) != fmt.Sprint(err) {
+			t.Errorf("%q: read with care: %+v, %v; %+v, %v is wanted", c.path, careful, carefulErr, cfg, err)
+		}
 		if cfg.Backend != c.backend || (err == nil) != (c.err == "") || (err != nil && !strings.Contains(err.Error(), c.err)) {
 			t.Errorf("%q: %+v, %v; want %s, %q", c.path, cfg, err, c.backend, c.err)
 		}
