@@ -96,8 +96,12 @@ func (c *cli) root() *cobra.Command {
 	root := &cobra.Command{
 		Use:   "criu-netlock",
 		Short: "A network lock for CRIU",
-		Long: "A network lock for CRIU. Without arguments, and with CRTOOLS_SCRIPT_ACTION set, it is\n" +
-			"CRIU's action script; see /etc/criu/netlock.toml for what can be set then.",
+		Long: "A network lock for CRIU: no packet reaches a container while it is checkpointed or\n" +
+			"restored, and none leaves it.\n\n" +
+			"CRIU runs this program by itself where it is named as an action script:\n" +
+			"  criu dump --action-script /usr/local/sbin/criu-netlock ...\n" +
+			"It takes no arguments then; what can be set stands in " + config.DefaultPath + ".\n\n" +
+			"The commands below do the same by hand. Begin with: criu-netlock check",
 		SilenceUsage:       true,
 		SilenceErrors:      true,
 		DisableSuggestions: true,
@@ -130,13 +134,13 @@ func (c *cli) root() *cobra.Command {
 		}
 		cmd.RunE = func(*cobra.Command, []string) error { c.ran = true; return run() }
 		cmd.ValidArgsFunction = cobra.NoFileCompletions
-		cmd.Flags().BoolVar(&c.json, "json", false, "print JSON")
+		cmd.Flags().BoolVar(&c.json, "json", false, "print JSON, for scripts")
 		root.AddCommand(cmd)
 		return cmd
 	}
 	targets := func(cmd *cobra.Command, more string) *cobra.Command {
-		cmd.Flags().Var(&c.pids, "pid", "the network namespace of this task"+more)
-		cmd.Flags().StringArrayVar(&c.netns, "netns", nil, "a `NAME` as ip netns has it, or an absolute path"+more)
+		cmd.Flags().Var(&c.pids, "pid", "the network namespace in which the task `PID` is"+more)
+		cmd.Flags().StringArrayVar(&c.netns, "netns", nil, "the network namespace `NAME`: one that ip netns lists, or an absolute path"+more)
 		return cmd
 	}
 	words := func(cmd *cobra.Command, flag string, words ...string) {
@@ -144,26 +148,38 @@ func (c *cli) root() *cobra.Command {
 		_ = cmd.RegisterFlagCompletionFunc(flag, cobra.FixedCompletions(words, cobra.ShellCompDirectiveNoFileComp))
 	}
 	timeout := func(cmd *cobra.Command) *cobra.Command {
-		cmd.Flags().StringVar(&c.timeout, "timeout", "", "a `DURATION` from 1s to 1m, in place of the configuration's")
+		cmd.Flags().StringVar(&c.timeout, "timeout", "", "give up after this `DURATION`, 1s to 1m (default: the configuration's, 5s)")
 		words(cmd, "timeout", "1s", "5s", "30s")
 		return cmd
 	}
-	backend := func(cmd *cobra.Command) *cobra.Command {
-		cmd.Flags().StringVar(&c.backend, "backend", "", "the `BACKEND` auto, nft or iptables, in place of the configuration's")
+	backend := func(cmd *cobra.Command, use string) *cobra.Command {
+		cmd.Flags().StringVar(&c.backend, "backend", "", use)
 		words(cmd, "backend", config.Auto, config.NFT, config.IPTables)
 		return cmd
 	}
-	const repeated = " (may be repeated)"
-	backend(timeout(targets(add(&cobra.Command{Use: "lock", Short: "Lock network namespaces: all of those given, or none"}, c.lock), repeated)))
-	unlock := backend(timeout(targets(add(&cobra.Command{Use: "unlock", Short: "Unlock network namespaces, whichever backend locked them"}, c.unlock), repeated)))
-	unlock.Flags().BoolVar(&c.all, "all", false, "every namespace that list finds")
-	backend(timeout(targets(add(&cobra.Command{Use: "status", Short: "Tell whether a network namespace is locked"}, c.status), "")))
-	backend(timeout(add(&cobra.Command{Use: "list", Short: "List every locked network namespace of this host"}, c.list)))
-	backend(timeout(targets(add(&cobra.Command{Use: "check", Short: "Tell whether a lock can be taken here, and what to do if not"}, c.check), repeated)))
-	add(&cobra.Command{Use: "version", Short: "Print the version"}, c.printVersion)
+	const (
+		repeated = " (may be repeated)"
+		lockBy   = "lock by `BACKEND`: nft, iptables, or auto, the first that the kernel has (default: the configuration's, auto)"
+		lookBy   = "look for locks of this `BACKEND` alone: nft or iptables (default: both)"
+		anyBy    = "the `BACKEND` to begin with, auto, nft or iptables: locks of both are removed all the same"
+		tryBy    = "ask about this `BACKEND`: auto, nft or iptables (default: the configuration's, auto)"
+	)
+	backend(timeout(targets(add(&cobra.Command{Use: "lock", Short: "Lock network namespaces: all of those given, or none",
+		Example: "  criu-netlock lock --pid 4711\n  criu-netlock lock --netns blue --netns /run/docker/netns/1a2b3c"}, c.lock), repeated)), lockBy)
+	unlock := backend(timeout(targets(add(&cobra.Command{Use: "unlock", Short: "Unlock network namespaces, whichever backend locked them",
+		Example: "  criu-netlock unlock --pid 4711\n  criu-netlock unlock --all"}, c.unlock), repeated)), anyBy)
+	unlock.Flags().BoolVar(&c.all, "all", false, "every locked network namespace of this host, as list shows them")
+	backend(timeout(targets(add(&cobra.Command{Use: "status", Short: "Tell whether a network namespace is locked",
+		Example: "  criu-netlock status --netns blue"}, c.status), "")), lookBy)
+	backend(timeout(add(&cobra.Command{Use: "list", Short: "List every locked network namespace of this host"}, c.list)), lookBy)
+	backend(timeout(targets(add(&cobra.Command{Use: "check", Short: "Tell whether a lock can be taken here, and what to do if not",
+		Long: "Tell whether a lock can be taken here, by taking one in a network namespace made for it,\n" +
+			"and what to do if not. With --pid or --netns, tell of these namespaces too; no rule of\n" +
+			"theirs is changed."}, c.check), repeated)), tryBy)
+	add(&cobra.Command{Use: "version", Short: "Print the version of the program and of its rules"}, c.printVersion)
 	root.InitDefaultCompletionCmd()
 	if cmd, _, err := root.Find([]string{"completion"}); err == nil {
-		cmd.RunE = func(*cobra.Command, []string) error { return errors.New("want a shell: bash, zsh, fish or powershell") }
+		cmd.RunE = func(*cobra.Command, []string) error { return errors.New("name a shell: bash, zsh, fish or powershell") }
 	}
 	return root
 }
@@ -263,7 +279,7 @@ func closeAll(ts []target) {
 // needTargets is open for the commands that need some.
 func (c *cli) needTargets() ([]target, error) {
 	if len(c.pids)+len(c.netns) == 0 {
-		return nil, inputError("no target: give --pid or --netns")
+		return nil, inputError("no network namespace is given: give --pid or --netns")
 	}
 	return c.open()
 }
@@ -439,7 +455,7 @@ func (c *cli) unlock() error {
 	case flagErr != nil:
 		return flagErr
 	case c.all && len(c.pids)+len(c.netns) > 0:
-		return inputError("--all goes with no other target")
+		return inputError("--all means every namespace: give no --pid and no --netns with it")
 	}
 	l := newLocker(cfg, parent())
 	var ts []target
@@ -569,7 +585,7 @@ func (c *cli) status() error {
 		return err
 	}
 	if len(ts) > 1 {
-		return inputError("status tells about one target; list tells about all")
+		return inputError("status tells about one network namespace, list about all that are locked")
 	}
 	l := newLocker(cfg, parent())
 	c.only(l)

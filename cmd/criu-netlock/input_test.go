@@ -132,7 +132,7 @@ func TestBadArguments(t *testing.T) {
 		run(t).oneError(t, 2, "usage: criu-netlock lock|unlock|status|list|check|version|completion")
 	}, s)
 	two := newSpace(t)
-	run(t, "status", "--pid", s.pid, "--pid", two.pid).oneError(t, 2, "one target")
+	run(t, "status", "--pid", s.pid, "--pid", two.pid).oneError(t, 2, "one network namespace")
 	for _, args := range [][]string{{"-h"}, {"--help"}, {"help"}, {"help", "lock"}, {"lock", "--help"}} {
 		if r := run(t, args...).want(t, 0, "Usage:"); r.stderr != "" {
 			t.Error(r)

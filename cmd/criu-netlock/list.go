@@ -336,6 +336,9 @@ func (c *cli) list() error {
 		for _, f := range found {
 			b.WriteString(statusText(f.target, f.st))
 		}
+		if len(found) == 0 && err == nil {
+			b.WriteString("no network namespace of this host is locked\n")
+		}
 		printErr = printText(b.String())
 	}
 	if err == nil {
