@@ -15,10 +15,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// envFUSE makes the test binary a FUSE server: MOUNTPOINT:BIND:SILENT:READY. It mounts
+// envFUSE makes the test binary a FUSE server: MOUNTPOINT:BIND:SILENT:KEEP:READY. It mounts
 // itself at MOUNTPOINT, binds BIND over its file d/f unless BIND is empty, falls silent
-// at the requests in SILENT ("all", or opcodes with commas between), and makes the file
-// READY.
+// at the requests in SILENT ("all", or opcodes with commas between), lets the kernel keep
+// names for KEEP seconds, and makes the file READY.
 const envFUSE = "CRIU_NETLOCK_TEST_FUSE"
 
 // Requests of linux/fuse.h.
@@ -44,10 +44,14 @@ func runFUSE(spec string) {
 		os.Exit(99)
 	}
 	f := strings.Split(spec, ":")
-	if len(f) != 4 {
+	if len(f) != 5 {
 		fail(fmt.Errorf("%q", spec))
 	}
-	dir, bind, silent, ready := f[0], f[1], f[2], f[3]
+	dir, bind, silent, ready := f[0], f[1], f[2], f[4]
+	keep, err := strconv.Atoi(f[3])
+	if err != nil {
+		fail(err)
+	}
 	fd, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
 		fail(err)
@@ -57,7 +61,7 @@ func runFUSE(spec string) {
 	}
 	mute := make(chan []uint32, 1)
 	done := make(chan struct{})
-	go serveFUSE(fd, mute, done)
+	go serveFUSE(fd, uint64(keep), mute, done)
 	if bind != "" {
 		if err := unix.Mount(bind, filepath.Join(dir, "d", "f"), "", unix.MS_BIND, ""); err != nil {
 			fail(err)
@@ -75,7 +79,7 @@ func runFUSE(spec string) {
 	<-done
 }
 
-func serveFUSE(fd int, mute <-chan []uint32, done chan<- struct{}) {
+func serveFUSE(fd int, keep uint64, mute <-chan []uint32, done chan<- struct{}) {
 	defer close(done)
 	var silent []uint32
 	buf := make([]byte, 1<<20)
@@ -119,7 +123,6 @@ func serveFUSE(fd int, mute <-chan []uint32, done chan<- struct{}) {
 			binary.NativeEndian.PutUint32(out[4:], 31)
 			binary.NativeEndian.PutUint32(out[20:], 4096)
 		case fuseLookup:
-			// Nothing may be kept: every walk asks anew.
 			child := map[string]uint64{"d": 2, "f": 3}[strings.TrimRight(string(buf[40:n]), "\x00")]
 			if child == 0 {
 				errno = unix.ENOENT
@@ -127,6 +130,7 @@ func serveFUSE(fd int, mute <-chan []uint32, done chan<- struct{}) {
 			}
 			out = make([]byte, 40)
 			binary.NativeEndian.PutUint64(out, child)
+			binary.NativeEndian.PutUint64(out[16:], keep) // 0: every walk asks anew
 			out = append(out, attr(child)...)
 		case fuseGetattr:
 			out = append(make([]byte, 16), attr(node)...)

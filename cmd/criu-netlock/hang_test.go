@@ -38,7 +38,7 @@ func TestListPassesOverSilentMounts(t *testing.T) {
 		unshare -n sleep 600 & there=$!
 		unshare -n sleep 600 & free=$!
 		until "$1" lock --pid $there --pid $free >/dev/null 2>&1; do :; done
-		`+envFUSE+`=$dir/fuse:/proc/$there/ns/net:all:$dir/ready unshare -m "$2" &
+		`+envFUSE+`=$dir/fuse:/proc/$there/ns/net:all:0:$dir/ready unshare -m "$2" &
 		until [ -e $dir/ready ]; do :; done
 		echo net:$(stat -L -c %i /proc/$there/ns/net); echo free:$free
 		kill $there
@@ -58,9 +58,11 @@ func TestListPassesOverSilentMounts(t *testing.T) {
 func TestSilentConfiguration(t *testing.T) {
 	for _, c := range []struct {
 		name, silent string
-		code         int // of a lock
+		keep         string // for how long the kernel may keep names, in seconds
+		code         int    // of a lock
 	}{
-		{"answers", "", 0}, {"lookup", "1", 8}, {"read", "15", 8},
+		{"answers", "", "0", 0}, {"silent at a lookup", "1", "0", 8}, {"silent at a read", "15", "0", 8},
+		{"silent at a read, its name in the cache", "15", "3600", 8},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel() // they wait, most of the time
@@ -72,7 +74,7 @@ func TestSilentConfiguration(t *testing.T) {
 				mkdir $dir/fuse
 				unshare -n sleep 600 & task=$!
 				until "$1" status --pid $task >/dev/null 2>&1; do :; done
-				`+envFUSE+`=$dir/fuse::`+silent+`:$dir/ready "$2" &
+				`+envFUSE+`=$dir/fuse::`+silent+`:`+c.keep+`:$dir/ready "$2" &
 				until [ -e $dir/ready ]; do :; done
 				hook() { CRIU_NETLOCK_CONFIG=$dir/fuse/d/f CRTOOLS_SCRIPT_ACTION=$1 CRTOOLS_INIT_PID=$task "$program"; }
 				program=$1
