@@ -43,6 +43,12 @@ func (c Caller) For(task int) Caller {
 	return c
 }
 
+// ParentOf is the pid of a task's parent; 0 if it has none that is to be seen.
+func ParentOf(pid int) int {
+	st, _ := proc.StatOf(pid)
+	return st.PPID
+}
+
 // bootDigits of a boot's id are enough to tell a host from the next, and leave room.
 const bootDigits = 8
 

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
 	"runtime"
 	"runtime/debug"
 	"slices"
@@ -198,7 +199,7 @@ func (p *pidList) Type() string   { return "pid" }
 // config is the configuration with the flags applied. Wrong flags are an error of
 // their own, since unlocking tolerates a wrong file but not a wrong command.
 func (c *cli) config() (cfg config.Config, fileErr, flagErr error) {
-	cfg, fileErr = loadConfig()
+	cfg, fileErr = loadConfig(config.Path(os.LookupEnv))
 	if c.backend != "" {
 		b, err := config.ParseBackend(c.backend)
 		if err != nil {

@@ -30,8 +30,7 @@ const (
 )
 
 // loadConfig is config.Load that comes back.
-func loadConfig() (config.Config, error) {
-	path := config.Path(os.LookupEnv)
+func loadConfig(path string) (config.Config, error) {
 	text, err := config.Read(path, false)
 	if errors.Is(err, config.ErrMayWait) {
 		text, err = readInChild(path)

@@ -13,28 +13,53 @@ import (
 	"github.com/criu-netlock/criu-netlock/netlock"
 	"github.com/criu-netlock/criu-netlock/netlock/action"
 	"github.com/criu-netlock/criu-netlock/netlock/config"
+	"github.com/criu-netlock/criu-netlock/netlock/guard"
 )
 
 // runHook does what the environment asks for, writes one line about it to CRIU's log,
 // and returns the exit code.
 func runHook(start time.Time) int {
+	h := hookCall{start: start, lookup: os.LookupEnv, locker: hookLocker}
+	code, line := h.run()
+	say(line)
+	return code
+}
+
+// hookCall is one call of a hook, by CRIU or, through the guard, by a hook process.
+type hookCall struct {
+	start  time.Time
+	lookup func(string) (string, bool)
+	locker func(config.Config, netlock.Caller) *netlock.Locker
+	// guard is the pid of the guard that works for the hook; 0 in the hook's own process.
+	guard int
+	criu  netlock.Caller // the guard knows it
+}
+
+// run returns the exit code and the line for CRIU's log.
+func (h hookCall) run() (code int, line string) {
 	cfg, cfgErr := config.Default(), error(nil)
-	ev, err := action.FromEnv(os.LookupEnv)
+	ev, err := action.FromEnv(h.lookup)
 	var rep action.Report
 	done := false // what the hook is for is done, whatever err says
 	if err == nil {
-		cfg, cfgErr = loadConfig()
-		ev.Caller = parent()
+		cfg, cfgErr = loadConfig(config.Path(h.lookup))
 		op := action.OpOf(ev.Action)
+		ev.Caller = h.caller(ev, op)
 		// A container left without its network is worse than an ignored configuration, of
 		// which CRIU ignores the exit code here anyway.
 		unlocks := op == action.Unlock || op == action.Sweep
 		if cfgErr == nil || unlocks {
-			rep, err = within(start, cfg.Timeout, func(ctx context.Context) (action.Report, error) {
-				l := hookLocker(cfg, ev.Caller)
-				h := action.Handler{Locker: l, Trial: func(ctx context.Context) (netlock.Result, error) { return trial(ctx, l) }}
-				return h.Handle(ctx, ev)
+			rep, err = within(h.start, cfg.Timeout, func(ctx context.Context) (action.Report, error) {
+				l := h.locker(cfg, ev.Caller)
+				a := action.Handler{Locker: l, Trial: func(ctx context.Context) (netlock.Result, error) { return trial(ctx, l) }}
+				if h.guard == 0 {
+					a.Turn = h.turn(cfg, unlocks)
+				}
+				return a.Handle(ctx, ev)
 			})
+			if err == nil && h.guard == 0 && cfg.Guard {
+				rep.Guard = startGuard(ev, rep)
+			}
 		}
 		done = err == nil && rep.Result != "" || err != nil && netlock.KindOf(err) == netlock.KindTampered
 		if cfgErr != nil && (done || err == nil) {
@@ -42,12 +67,43 @@ func runHook(start time.Time) int {
 			err = cfgErr
 		}
 	}
-	logHook(start, cfg.LogLevel, ev, rep, done, err)
-	return netlock.ExitCode(err)
+	return netlock.ExitCode(err), h.line(cfg.LogLevel, ev, rep, done, err)
 }
 
-// logHook writes the line of one hook.
-func logHook(start time.Time, levelName string, ev action.Event, rep action.Report, done bool, err error) {
+// caller is CRIU: who started us, or, where that is a script around us, the process
+// whose image directory we were given.
+func (h hookCall) caller(ev action.Event, op action.Op) netlock.Caller {
+	switch {
+	case op == action.CheckHost:
+		return netlock.Caller{}
+	case h.guard != 0:
+		return h.criu
+	}
+	pid := os.Getppid()
+	if criu, ok := criuPID(ev); ok {
+		pid = criu
+	}
+	return netlock.CallerOf(pid).For(ev.PID)
+}
+
+// turn makes the hook wait while a guard is at work on the same namespace. After half
+// of the time an unlock goes on without: it does no harm beside another one, and a guard
+// that somebody has stopped must not keep the container locked.
+func (h hookCall) turn(cfg config.Config, unlocks bool) func(*netlock.Namespace, func() error) error {
+	return func(ns *netlock.Namespace, f func() error) (err error) {
+		if guard.InTurn(ns.Inode(), h.start.Add(cfg.Timeout/2), func() { err = f() }) {
+			return err
+		}
+		if unlocks {
+			return f()
+		}
+		return &netlock.Error{Kind: netlock.KindDeadline, Op: "wait for the guard", Namespace: ns.String(),
+			Err: context.DeadlineExceeded, Hint: "criu-netlock list shows what it is at"}
+	}
+}
+
+// line is what CRIU's log is told about one hook.
+func (h hookCall) line(levelName string, ev action.Event, rep action.Report, done bool, err error) string {
 	level := slog.LevelInfo
 	msg := rep.Result
 	switch {
@@ -56,12 +112,12 @@ func logHook(start time.Time, levelName string, ev action.Event, rep action.Repo
 		if !done {
 			rep.Result = "failed"
 		}
-	case rep.Loud:
+	case rep.Loud, rep.Guard != nil:
 		level = slog.LevelWarn
 	}
 	var least slog.Level
 	if e := least.UnmarshalText([]byte(levelName)); e != nil || level < least {
-		return
+		return ""
 	}
 	attrs := []slog.Attr{
 		slog.String("action", string(ev.Action)),
@@ -69,7 +125,13 @@ func logHook(start time.Time, levelName string, ev action.Event, rep action.Repo
 		slog.Uint64("netns", rep.Netns),
 		slog.String("backend", rep.Backend),
 		slog.String("result", rep.Result),
-		slog.Int64("duration_us", time.Since(start).Microseconds()),
+		slog.Int64("duration_us", time.Since(h.start).Microseconds()),
+	}
+	if h.guard != 0 {
+		attrs = append(attrs, slog.Int("guard", h.guard))
+	}
+	if rep.Guard != nil {
+		attrs = append(attrs, slog.String("guard", oneLine(rep.Guard.Error())))
 	}
 	if err != nil {
 		attrs = append(attrs, slog.String("err", told(err)))
@@ -78,7 +140,8 @@ func logHook(start time.Time, levelName string, ev action.Event, rep action.Repo
 	r := slog.NewRecord(time.Now().UTC(), level, msg, 0)
 	r.AddAttrs(attrs...)
 	var line bytes.Buffer
-	if slog.NewTextHandler(&line, nil).Handle(context.Background(), r) == nil {
-		say(line.String())
+	if slog.NewTextHandler(&line, nil).Handle(context.Background(), r) != nil {
+		return ""
 	}
+	return line.String()
 }

@@ -12,10 +12,14 @@ import (
 
 	_ "github.com/criu-netlock/criu-netlock/cmd/criu-netlock/early"
 	"github.com/criu-netlock/criu-netlock/netlock/action"
+	"github.com/criu-netlock/criu-netlock/netlock/guard"
 )
 
 func main() {
 	start := time.Now()
+	if len(os.Args) > 1 && os.Args[1] == guard.Arg {
+		os.Exit(runGuard(os.Args[2:]))
+	}
 	if len(os.Args) == 1 {
 		if os.Getenv(action.EnvAction) != "" {
 			os.Exit(runHook(start))

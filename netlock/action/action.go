@@ -171,6 +171,9 @@ type Handler struct {
 	Locker Locker
 	// Trial takes a lock in a throwaway namespace, to see that this host can.
 	Trial func(context.Context) (netlock.Result, error)
+	// Turn, if set, calls what changes a lock when it is its turn among those that work
+	// on the namespace.
+	Turn func(*netlock.Namespace, func() error) error
 }
 
 // Report is what a hook did, for the log.
@@ -182,6 +185,10 @@ type Report struct {
 	Result string
 	// Loud: the result is nothing to be quiet about, though the hook succeeded.
 	Loud bool
+	// WasLocked tells, at setup-namespaces, whether the namespace was locked before.
+	WasLocked bool
+	// Guard is why the checkpoint has no guard, where it was to get one.
+	Guard error
 }
 
 // Handle does what the event's hook is for.
@@ -211,13 +218,20 @@ func (h *Handler) Handle(ctx context.Context, ev Event) (rep Report, err error) 
 		err = h.check(ctx, ns, &rep)
 	case Lock, Ensure, EnsureRemovable:
 		// One way into the namespace for all that is done there.
-		err = ns.Do(func() error { return h.lock(ctx, ns, op, &rep) })
+		err = h.turn(ns, func() error { return ns.Do(func() error { return h.lock(ctx, ns, ev.Action, &rep) }) })
 	case Unlock, Sweep:
-		err = ns.Do(func() error { return h.unlock(ctx, ns, op, &rep) })
+		err = h.turn(ns, func() error { return ns.Do(func() error { return h.unlock(ctx, ns, op, &rep) }) })
 	default:
 		err = fmt.Errorf("action %s: operation %d has no code", ev.Action, op)
 	}
 	return rep, err
+}
+
+func (h *Handler) turn(ns *netlock.Namespace, f func() error) error {
+	if h.Turn == nil {
+		return f()
+	}
+	return h.Turn(ns, f)
 }
 
 func (h *Handler) check(ctx context.Context, ns *netlock.Namespace, rep *Report) error {
@@ -236,14 +250,18 @@ func (h *Handler) check(ctx context.Context, ns *netlock.Namespace, rep *Report)
 	return nil
 }
 
-func (h *Handler) lock(ctx context.Context, ns *netlock.Namespace, op Op, rep *Report) error {
-	if op == EnsureRemovable {
-		// After the sockets are there a lock that had been taken away is worth a word.
+func (h *Handler) lock(ctx context.Context, ns *netlock.Namespace, name Name, rep *Report) error {
+	if name == SetupNamespaces || OpOf(name) == EnsureRemovable {
 		st, err := h.Locker.State(ctx, ns)
 		if err != nil {
 			return err
 		}
-		rep.Loud = !st.Locked
+		if name == SetupNamespaces {
+			rep.WasLocked = st.Locked
+		} else {
+			// After the sockets are there a lock that had been taken away is worth a word.
+			rep.Loud = !st.Locked
+		}
 	}
 	res, err := h.Locker.Lock(ctx, ns)
 	if err != nil {

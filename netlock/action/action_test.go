@@ -186,7 +186,8 @@ func TestHandle(t *testing.T) {
 		{NetworkLock, fake{res: netlock.Result{Backend: "nft"}}, "lock", Report{Backend: "nft", Result: "locked"}, nil},
 		{NetworkLock, fake{res: netlock.Result{Backend: "nft", Already: true}}, "lock", Report{Backend: "nft", Result: "already locked"}, nil},
 		{NetworkLock, fake{err: map[string]error{"lock": broken}}, "lock", Report{}, broken},
-		{SetupNamespaces, fake{res: netlock.Result{Backend: "nft"}}, "lock", Report{Backend: "nft", Result: "locked"}, nil},
+		{SetupNamespaces, fake{res: netlock.Result{Backend: "nft"}}, "state lock", Report{Backend: "nft", Result: "locked"}, nil},
+		{SetupNamespaces, fake{state: locked, res: netlock.Result{Backend: "nft", Already: true}}, "state lock", Report{Backend: "nft", Result: "already locked", WasLocked: true}, nil},
 		{PostSetupNamespaces, fake{res: netlock.Result{Backend: "nft", Already: true}}, "lock", Report{Backend: "nft", Result: "already locked"}, nil},
 		{PostRestore, fake{state: locked, res: netlock.Result{Backend: "nft", Already: true}}, "state lock", Report{Backend: "nft", Result: "already locked"}, nil},
 		{PostRestore, fake{res: netlock.Result{Backend: "nft"}}, "state lock", Report{Backend: "nft", Result: "the lock had been removed; locked again", Loud: true}, nil},
@@ -228,6 +229,21 @@ func TestHandleOwnNamespace(t *testing.T) {
 		refuses := a == NetworkLock || a == NetworkUnlock
 		if (err != nil) != refuses || err != nil && netlock.KindOf(err) != netlock.KindRefused || len(f.calls) != 0 {
 			t.Errorf("%s: %+v, %v, %q", a, rep, err, f.calls)
+		}
+	}
+}
+
+// Whatever changes a lock waits for its turn, and what does not comes at once.
+func TestHandleTurn(t *testing.T) {
+	pid := sleeper(t)
+	broken := errors.New("not your turn")
+	for a, op := range table {
+		f := &fake{}
+		h := Handler{Locker: f, Trial: f.trial, Turn: func(*netlock.Namespace, func() error) error { return broken }}
+		_, err := h.Handle(context.Background(), Event{Action: a, PID: pid})
+		waits := op != CheckHost && op != CheckTask
+		if errors.Is(err, broken) != waits || waits && len(f.calls) != 0 {
+			t.Errorf("%s: %v, %q", a, err, f.calls)
 		}
 	}
 }

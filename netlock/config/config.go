@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -29,6 +30,8 @@ const (
 	MaxSize    = 64 << 10
 	MinTimeout = time.Second
 	MaxTimeout = time.Minute
+	// MaxGuardTimeout bounds guard-timeout; nobody waits for the guard.
+	MaxGuardTimeout = time.Hour
 )
 
 // The values of the key backend.
@@ -48,11 +51,17 @@ type Config struct {
 	LogLevel string
 	// Allow is what passes in spite of the lock.
 	Allow []netlock.Rule
+	// Guard: a resident process watches every checkpoint.
+	Guard bool
+	// GuardTimeout is how long the guard tries an unlock that fails again.
+	GuardTimeout time.Duration
+	// OnFailedRestore is "previous", "keep" or "unlock".
+	OnFailedRestore string
 }
 
 // Default is what an absent file means.
 func Default() Config {
-	return Config{Backend: Auto, Timeout: 5 * time.Second, LogLevel: "info"}
+	return Config{Backend: Auto, Timeout: 5 * time.Second, LogLevel: "info", Guard: true, GuardTimeout: time.Minute, OnFailedRestore: "previous"}
 }
 
 // Path is the file that the environment names.
@@ -69,6 +78,9 @@ func ParseBackend(s string) (string, error) { return oneOf(s, Auto, NFT, IPTable
 // ParseLogLevel checks a value of the key log-level.
 func ParseLogLevel(s string) (string, error) { return oneOf(s, "debug", "info", "warn", "error") }
 
+// ParseOnFailedRestore checks a value of the key on-failed-restore.
+func ParseOnFailedRestore(s string) (string, error) { return oneOf(s, "previous", "keep", "unlock") }
+
 func oneOf(s string, words ...string) (string, error) {
 	for _, w := range words {
 		if s == w {
@@ -80,13 +92,20 @@ func oneOf(s string, words ...string) (string, error) {
 }
 
 // ParseTimeout reads a value of the key timeout.
-func ParseTimeout(s string) (time.Duration, error) {
+func ParseTimeout(s string) (time.Duration, error) { return duration(s, MinTimeout, MaxTimeout) }
+
+// ParseGuardTimeout reads a value of the key guard-timeout.
+func ParseGuardTimeout(s string) (time.Duration, error) {
+	return duration(s, MinTimeout, MaxGuardTimeout)
+}
+
+func duration(s string, least, most time.Duration) (time.Duration, error) {
 	d, err := time.ParseDuration(s)
 	switch {
 	case err != nil:
 		return 0, fmt.Errorf("%q is not a duration; want one such as 5s or 1500ms", clip(s))
-	case d < MinTimeout || d > MaxTimeout:
-		return 0, fmt.Errorf("%q is out of range; want %v to %v", clip(s), MinTimeout, MaxTimeout)
+	case d < least || d > most:
+		return 0, fmt.Errorf("%q is out of range; want %v to %v", clip(s), least, most)
 	}
 	return d, nil
 }
@@ -168,6 +187,10 @@ func Parse(path string, text []byte) (Config, error) {
 		Timeout  *string  `toml:"timeout"`
 		LogLevel *string  `toml:"log-level"`
 		Allow    []string `toml:"allow"`
+		Guard    *bool    `toml:"guard"`
+
+		GuardTimeout    *string `toml:"guard-timeout"`
+		OnFailedRestore *string `toml:"on-failed-restore"`
 	}
 	if err := strict(path, text); err != nil {
 		return cfg, fail(err)
@@ -184,21 +207,30 @@ func Parse(path string, text []byte) (Config, error) {
 		Timeout  value   `toml:"timeout"`
 		LogLevel value   `toml:"log-level"`
 		Allow    []allow `toml:"allow"`
+		Guard    bool    `toml:"guard"`
+
+		GuardTimeout    value `toml:"guard-timeout"`
+		OnFailedRestore value `toml:"on-failed-restore"`
 	}{
-		Backend:  value{func(s string) (err error) { set.Backend, err = ParseBackend(s); return err }},
-		Timeout:  value{func(s string) (err error) { set.Timeout, err = ParseTimeout(s); return err }},
-		LogLevel: value{func(s string) (err error) { set.LogLevel, err = ParseLogLevel(s); return err }},
+		Backend:         value{func(s string) (err error) { set.Backend, err = ParseBackend(s); return err }},
+		Timeout:         value{func(s string) (err error) { set.Timeout, err = ParseTimeout(s); return err }},
+		LogLevel:        value{func(s string) (err error) { set.LogLevel, err = ParseLogLevel(s); return err }},
+		GuardTimeout:    value{func(s string) (err error) { set.GuardTimeout, err = ParseGuardTimeout(s); return err }},
+		OnFailedRestore: value{func(s string) (err error) { set.OnFailedRestore, err = ParseOnFailedRestore(s); return err }},
 	}
 	check := func() error {
 		for _, f := range []struct {
 			s *string
 			v value
-		}{{raw.Backend, fields.Backend}, {raw.Timeout, fields.Timeout}, {raw.LogLevel, fields.LogLevel}} {
+		}{{raw.Backend, fields.Backend}, {raw.Timeout, fields.Timeout}, {raw.LogLevel, fields.LogLevel}, {raw.GuardTimeout, fields.GuardTimeout}, {raw.OnFailedRestore, fields.OnFailedRestore}} {
 			if f.s != nil {
 				if err := f.v.set(*f.s); err != nil {
 					return err
 				}
 			}
+		}
+		if raw.Guard != nil {
+			set.Guard = *raw.Guard
 		}
 		for _, s := range raw.Allow {
 			r, err := netlock.ParseRule(s)
@@ -251,9 +283,7 @@ func strict(path string, text []byte) error {
 			continue
 		}
 		first := key.Node()
-		switch name := string(first.Data); name {
-		case "backend", "timeout", "log-level", "allow":
-		default:
+		if name := string(first.Data); !slices.Contains(keys[:], name) {
 			return placedAt(path, text, int(first.Raw.Offset), unknownKey(name))
 		}
 		if e.Kind != unstable.KeyValue || !key.IsLast() || e.Value().Kind != unstable.Array {
@@ -292,8 +322,11 @@ func skip(text []byte, at int, chars string) int {
 	return at
 }
 
+// keys are all that a file can set.
+var keys = [...]string{"backend", "timeout", "log-level", "allow", "guard", "guard-timeout", "on-failed-restore"}
+
 func unknownKey(key string) error {
-	return fmt.Errorf("unknown key %q; want backend, timeout, log-level or allow, in small letters", clip(key))
+	return fmt.Errorf("unknown key %q; want one of %s, in small letters", clip(key), strings.Join(keys[:], ", "))
 }
 
 func wrongType(got string) error {

@@ -39,6 +39,10 @@ func TestParse(t *testing.T) {
 		{`timeout = "1500ms"`, func(c *Config) { c.Timeout = 1500 * time.Millisecond }},
 		{`log-level = "error"`, func(c *Config) { c.LogLevel = "error" }},
 		{`allow = []`, func(*Config) {}},
+		{"guard = false", func(c *Config) { c.Guard = false }},
+		{"guard = true", func(*Config) {}},
+		{`guard-timeout = "1h"`, func(c *Config) { c.GuardTimeout = time.Hour }},
+		{`on-failed-restore = "keep"`, func(c *Config) { c.OnFailedRestore = "keep" }},
 		{"allow = [\n  \"tcp dport 22\", # ssh\n  \"ip daddr 10.0.0.5 tcp dport 2049\",\n]", func(c *Config) {
 			c.Allow = []netlock.Rule{rule(t, "tcp dport 22"), rule(t, "ip daddr 10.0.0.5 tcp dport 2049")}
 		}},
@@ -72,6 +76,10 @@ func TestParseErrors(t *testing.T) {
 		{"backend = {}", "1:11", ""},
 		{"[backend]", "1:2", ""},
 		{"timeout = 5", "1:11", "integer"},
+		{"guard = \"yes\"", "1:9", "string"},
+		{"guard = 1", "1:9", "integer"},
+		{"guard-timeout = \"2h\"", "1:17", "out of range"},
+		{"\non-failed-restore = \"never\"", "2:21", "previous, keep and unlock"},
 		{"timeout = 0", "1:11", "integer"},
 		{"timeout = 5.5", "1:11", "float"},
 		{"timeout = 2020-01-01", "1:11", "date"},
@@ -209,10 +217,13 @@ func TestExampleFile(t *testing.T) {
 		t.Fatal(err)
 	}
 	cfg, err := Parse("netlock.toml", text)
-	if want := Default(); err != nil || cfg.Backend != want.Backend || cfg.Timeout != want.Timeout || cfg.LogLevel != want.LogLevel || len(cfg.Allow) != 0 {
+	if len(cfg.Allow) == 0 {
+		cfg.Allow = nil
+	}
+	if err != nil || !reflect.DeepEqual(cfg, Default()) {
 		t.Errorf("%+v, %v; want the defaults", cfg, err)
 	}
-	for _, key := range []string{"backend", "timeout", "log-level", "allow"} {
+	for _, key := range keys {
 		if !regexp.MustCompile(`(?m)^` + key + ` = `).Match(text) {
 			t.Errorf("key %s is not set in it", key)
 		}

@@ -232,7 +232,8 @@ func (g *Guard) once() (verdict, error) {
 		return wait, err
 	}
 	f := facts{phase: g.Phase, found: st.Found, wasFrozen: g.WasFrozen, wasLocked: g.WasLocked, policy: g.Policy}
-	f.alive = !waitPidfd(g.TaskFD, 0)
+	// A task that CRIU has just killed takes a moment to be dead.
+	f.alive = !waitPidfd(g.TaskFD, int(dyingTime.Milliseconds()))
 	if f.alive {
 		f.stopped, f.frozen = Stopped(g.Task), Frozen(g.Task)
 	}
@@ -254,6 +255,7 @@ func (g *Guard) once() (verdict, error) {
 const (
 	turnTime   = time.Second
 	unlockTime = 5 * time.Second
+	dyingTime  = 50 * time.Millisecond
 )
 
 // waitPidfd waits until the task of a pidfd is dead, a zombie included; for ever if

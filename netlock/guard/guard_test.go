@@ -159,10 +159,19 @@ func sleeper(t *testing.T, name string) int {
 	return c.Process.Pid
 }
 
+// kill returns when the task is dead.
 func kill(t *testing.T, pid int) {
 	t.Helper()
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
 	if err := unix.Kill(pid, unix.SIGKILL); err != nil {
 		t.Fatal(err)
+	}
+	if !waitPidfd(fd, 10_000) {
+		t.Fatal("it does not die")
 	}
 }
 

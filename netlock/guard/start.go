@@ -26,6 +26,9 @@ const (
 	fdEnd
 )
 
+// FirstFree is the first descriptor that is none of the Checkpoint's.
+const FirstFree = fdEnd
+
 // Start runs exe as a guard: in a session of its own, with none of our descriptors but
 // the Checkpoint's, so that neither CRIU's log nor a terminal waits for it. It returns
 // when the guard is in its place, or after the wait with an error; with a wait of 0 at
@@ -86,7 +89,7 @@ func flag(b bool) string {
 }
 
 // Inherited is the Checkpoint that Start gave this process, and what tells it that
-// the guard is ready. It closes every other descriptor.
+// the guard is ready.
 func Inherited(args []string) (c Checkpoint, ready func(), err error) {
 	bad := fmt.Errorf("criu-netlock %s %s: hooks start this, nobody else", Arg, strings.Join(args, " "))
 	if len(args) != 5 {

@@ -1,0 +1,132 @@
+package main
+
+// The program as a guard: started by a hook, it watches one checkpoint and does the
+// work of its later hooks.
+
+import (
+	"fmt"
+	"log/syslog"
+	"os"
+	"strconv"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/criu-netlock/criu-netlock/cmd/criu-netlock/early"
+	"github.com/criu-netlock/criu-netlock/netlock"
+	"github.com/criu-netlock/criu-netlock/netlock/action"
+	"github.com/criu-netlock/criu-netlock/netlock/config"
+	"github.com/criu-netlock/criu-netlock/netlock/guard"
+	"github.com/criu-netlock/criu-netlock/nft"
+)
+
+// readyTime is how long pre-dump waits for its guard. Nothing is frozen yet.
+const readyTime = time.Second
+
+// startGuard starts the guard of a checkpoint, if the hook is one that does. It returns
+// why there is none, where there should be one.
+func startGuard(ev action.Event, rep action.Report) error {
+	phase, wait := guard.Dump, readyTime
+	switch {
+	case rep.Netns == 0: // a task in our own namespace
+		return nil
+	case ev.Action == action.PreDump:
+	case ev.Action == action.SetupNamespaces:
+		phase, wait = guard.Restore, 0
+	default:
+		return nil
+	}
+	criu, ok := criuPID(ev)
+	if !ok {
+		return nil // no CRIU to watch: somebody tries the hook
+	}
+	ns, err := netlock.FromPID(ev.PID)
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	c, err := guard.Open(phase, ns, criu, ev.PID)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	c.WasLocked = rep.WasLocked
+	var env []string
+	for _, name := range []string{config.EnvPath, "PATH"} {
+		if v, ok := os.LookupEnv(name); ok {
+			env = append(env, name+"="+v)
+		}
+	}
+	return guard.Start("/proc/self/exe", c, env, wait)
+}
+
+// criuPID is CRIU's pid: the process whose image directory the hook was given, if it is
+// one of our ancestors. A script around us would pass for CRIU otherwise, and end at once.
+func criuPID(ev action.Event) (int, bool) {
+	pid, err := strconv.Atoi(early.CRIU(ev.ImageDir))
+	if err != nil || pid <= 1 {
+		return 0, false
+	}
+	const generations = 8
+	up := os.Getppid()
+	for range generations {
+		if up == pid {
+			return pid, true
+		}
+		if up = netlock.ParentOf(up); up <= 1 {
+			break
+		}
+	}
+	return 0, false
+}
+
+// runGuard is the guard's whole life.
+func runGuard(args []string) int {
+	logger, logErr := syslog.New(syslog.LOG_DAEMON|syslog.LOG_WARNING, "criu-netlock")
+	log := func(format string, a ...any) {
+		if logErr == nil {
+			_ = logger.Warning(oneLine(fmt.Sprintf(format, a...))) // there is no other place
+		}
+	}
+	if err := unix.CloseRange(guard.FirstFree, ^uint(0)>>1, unix.CLOSE_RANGE_CLOEXEC); err != nil {
+		log("close_range: %v", err)
+	}
+	c, ready, err := guard.Inherited(args)
+	if err != nil {
+		say(oneLine(err.Error()) + "\n")
+		return netlock.ExitCode(&netlock.Error{Kind: netlock.KindInput, Err: err})
+	}
+	cfg, err := loadConfig(config.Path(os.LookupEnv))
+	if err != nil {
+		log("%v; the guard goes by the defaults", err)
+	}
+	criu := netlock.CallerOf(c.CRIU).For(c.Task)
+	g := guard.Guard{
+		Checkpoint: c,
+		Locker:     guardLocker(cfg, criu),
+		Policy:     guard.Policy(cfg.OnFailedRestore),
+		Deadline:   cfg.GuardTimeout,
+		Log:        log,
+		Hook: func(r guard.Request) guard.Answer {
+			h := hookCall{start: time.Now(), locker: guardLocker, guard: os.Getpid(), lookup: func(key string) (string, bool) {
+				v := map[string]string{
+					action.EnvAction: r.Action, action.EnvInitPID: r.PID, action.EnvImageDir: r.ImageDir, config.EnvPath: r.Config,
+				}[key]
+				return v, v != ""
+			}, criu: criu}
+			code, line := h.run()
+			return guard.Answer{Code: code, Line: line}
+		},
+	}
+	if err := g.Serve(ready); err != nil && err != guard.ErrTaken {
+		log("the guard of pid %d: %v", c.Task, err)
+		return netlock.ExitCode(err)
+	}
+	return 0
+}
+
+// guardLocker is newLocker for a process that stays: it waits for the kernel's clean-up
+// when nobody waits for it.
+func guardLocker(cfg config.Config, caller netlock.Caller) *netlock.Locker {
+	return newLocker(cfg, caller, nft.WithRelease(func(fd int) { go unix.Close(fd) }))
+}

@@ -1,0 +1,290 @@
+package main
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/criu-netlock/criu-netlock/cmd/criu-netlock/early"
+	"github.com/criu-netlock/criu-netlock/netlock/action"
+	"github.com/criu-netlock/criu-netlock/netlock/guard"
+)
+
+// fakeCRIU is a process that runs the hook as CRIU does, and dies as it does.
+type fakeCRIU struct {
+	*exec.Cmd
+	in  io.Writer
+	out *bufio.Reader
+}
+
+func newCRIU(t *testing.T, env ...string) *fakeCRIU {
+	t.Helper()
+	const script = `while read a p; do
+	CRTOOLS_SCRIPT_ACTION=$a CRTOOLS_INIT_PID=$p CRTOOLS_IMAGE_DIR=/proc/$$/fd/3 "$1" 2>"$2"
+	echo $?
+done`
+	dir := t.TempDir()
+	c := &fakeCRIU{Cmd: exec.Command("sh", "-c", script, "criu", program, dir+"/log")}
+	c.Env = append(append(os.Environ(), env...), "LOG="+dir+"/log")
+	var err error
+	if c.in, err = c.StdinPipe(); err != nil {
+		t.Fatal(err)
+	}
+	out, err := c.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.out = bufio.NewReader(out)
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		c.kill()
+		// No guard may outlive its test, nor its place.
+		eventually(t, "without a guard", func() bool { return len(guards(t, c.Process.Pid)) == 0 })
+		names, _ := filepath.Glob(guard.Dir + "/*." + strconv.Itoa(c.Process.Pid))
+		for _, n := range names {
+			_ = os.Remove(n) // of a guard that was killed
+		}
+		_ = os.Remove(guard.Dir) // if it is empty
+	})
+	return c
+}
+
+// hook runs one hook and returns its exit code and its log.
+func (c *fakeCRIU) hook(t *testing.T, action, pid string) (string, string) {
+	t.Helper()
+	if _, err := fmt.Fprintln(c.in, action, pid); err != nil {
+		t.Fatal(err)
+	}
+	code, err := c.out.ReadString('\n')
+	if err != nil {
+		t.Fatal(err)
+	}
+	log, err := os.ReadFile(c.Args[len(c.Args)-1])
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.TrimSpace(code), string(log)
+}
+
+// ok runs hooks that must succeed and returns the last one's log.
+func (c *fakeCRIU) ok(t *testing.T, pid string, actions ...string) (log string) {
+	t.Helper()
+	for _, a := range actions {
+		var code string
+		if code, log = c.hook(t, a, pid); code != "0" {
+			t.Fatalf("%s: exit %s, %s", a, code, log)
+		}
+	}
+	return log
+}
+
+func (c *fakeCRIU) kill() {
+	_ = c.Process.Kill() // it may be dead
+	_ = c.Wait()
+}
+
+// guards are the pids of the guards of that CRIU.
+func guards(t *testing.T, criu int) (pids []int) {
+	t.Helper()
+	all, err := tasks()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, pid := range all {
+		b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+		f := strings.Split(string(b), "\x00")
+		if len(f) > 3 && f[1] == guard.Arg && f[3] == strconv.Itoa(criu) {
+			pids = append(pids, pid)
+		}
+	}
+	return pids
+}
+
+func (c *fakeCRIU) guard(t *testing.T) int {
+	t.Helper()
+	var g []int
+	eventually(t, "guarded", func() bool { g = guards(t, c.Process.Pid); return len(g) > 0 })
+	if len(g) != 1 {
+		t.Fatalf("%d guards", len(g))
+	}
+	return g[0]
+}
+
+func TestGuardServesTheHooks(t *testing.T) {
+	s, c := newSpace(t), newCRIU(t)
+	if log := c.ok(t, s.pid, "pre-dump"); strings.Contains(log, "guard=") {
+		t.Errorf("pre-dump: %s", log)
+	}
+	g := fmt.Sprint("guard=", c.guard(t))
+	if log := c.ok(t, s.pid, "network-lock"); !strings.Contains(log, "result=locked") || !strings.Contains(log, g) || !s.isLocked(t) {
+		t.Errorf("network-lock: %s", log)
+	}
+	if log := c.ok(t, s.pid, "network-unlock"); !strings.Contains(log, "result=unlocked") || !strings.Contains(log, g) || s.isLocked(t) {
+		t.Errorf("network-unlock: %s", log)
+	}
+	eventually(t, "gone when all is unlocked", func() bool { return len(guards(t, c.Process.Pid)) == 0 })
+}
+
+// The lock tells who locked and for whom, whether the guard or the hook made it.
+func TestGuardKnowsCRIU(t *testing.T) {
+	s, c := newSpace(t), newCRIU(t)
+	c.ok(t, s.pid, "pre-dump", "network-lock")
+	run(t, "status", "--json", "--pid", s.pid).want(t, 0, `"intact": true`, fmt.Sprintf(`"pid": %d`, c.Process.Pid))
+}
+
+func TestGuardUnlocksWhenCRIUIsKilled(t *testing.T) {
+	s, c := newSpace(t), newCRIU(t)
+	c.ok(t, s.pid, "pre-dump", "network-lock")
+	c.guard(t)
+	c.kill()
+	eventually(t, "unlocked", func() bool { return !s.isLocked(t) })
+}
+
+// A hook whose guard is dead, stopped, or not to be had does the work itself.
+func TestHookWithoutItsGuard(t *testing.T) {
+	for name, break_ := range map[string]func(t *testing.T, pid int){
+		"killed": func(t *testing.T, pid int) {
+			if err := unix.Kill(pid, unix.SIGKILL); err != nil {
+				t.Fatal(err)
+			}
+		},
+		"stopped": func(t *testing.T, pid int) {
+			if err := unix.Kill(pid, unix.SIGSTOP); err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { _ = unix.Kill(pid, unix.SIGKILL) })
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s, c := newSpace(t), newCRIU(t)
+			c.ok(t, s.pid, "pre-dump")
+			break_(t, c.guard(t))
+			if log := c.ok(t, s.pid, "network-lock"); !s.isLocked(t) || strings.Contains(log, "guard=") {
+				t.Errorf("network-lock: %s", log)
+			}
+			if log := c.ok(t, s.pid, "network-unlock"); s.isLocked(t) || strings.Contains(log, "guard=") {
+				t.Errorf("network-unlock: %s", log)
+			}
+		})
+	}
+}
+
+// What a stopped guard finds in its socket when it goes on has been done by the hook
+// itself, and by then another checkpoint may have locked.
+func TestGuardForgetsOldRequests(t *testing.T) {
+	s, c := newSpace(t), newCRIU(t)
+	c.ok(t, s.pid, "pre-dump", "network-lock")
+	g := c.guard(t)
+	if err := unix.Kill(g, unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	c.ok(t, s.pid, "network-unlock", "network-lock") // the hook's own work, both
+	if err := unix.Kill(g, unix.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	// Its answer to this one comes after what it found.
+	if log := c.ok(t, s.pid, "post-setup-namespaces"); !strings.Contains(log, "already locked") || !strings.Contains(log, "guard=") {
+		t.Errorf("after it went on: %s", log)
+	}
+	c.ok(t, s.pid, "network-unlock")
+}
+
+func TestGuardOff(t *testing.T) {
+	s := newSpace(t)
+	file := filepath.Join(t.TempDir(), "netlock.toml")
+	if err := os.WriteFile(file, []byte("guard = false\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c := newCRIU(t, "CRIU_NETLOCK_CONFIG="+file)
+	c.ok(t, s.pid, "pre-dump", "network-lock")
+	if g := guards(t, c.Process.Pid); len(g) != 0 {
+		t.Errorf("guards %v", g)
+	}
+	c.ok(t, s.pid, "network-unlock")
+}
+
+// A restore that fails goes back to what was there.
+func TestGuardOfARestore(t *testing.T) {
+	for _, was := range []bool{false, true} {
+		t.Run(fmt.Sprint("locked before ", was), func(t *testing.T) {
+			s, c := newSpace(t), newCRIU(t)
+			if was {
+				run(t, "lock", "--pid", s.pid).want(t, 0)
+			}
+			c.ok(t, s.pid, "setup-namespaces")
+			if !s.isLocked(t) {
+				t.Fatal("not locked")
+			}
+			c.guard(t)
+			c.ok(t, s.pid, "post-setup-namespaces")
+			c.kill()
+			eventually(t, "without a guard", func() bool { return len(guards(t, c.Process.Pid)) == 0 })
+			if s.isLocked(t) != was {
+				t.Errorf("after the restore failed: locked is %v", !was)
+			}
+		})
+	}
+}
+
+func TestGuardEndsWithItsRestore(t *testing.T) {
+	s, c := newSpace(t), newCRIU(t)
+	c.ok(t, s.pid, "setup-namespaces", "post-setup-namespaces", "post-restore", "network-unlock")
+	c.guard(t)
+	if log := c.ok(t, s.pid, "post-resume"); !strings.Contains(log, "not locked") {
+		t.Errorf("post-resume: %s", log)
+	}
+	eventually(t, "gone", func() bool { return len(guards(t, c.Process.Pid)) == 0 })
+}
+
+// A guard holds nothing of its hook's: no log, no terminal, no folder.
+func TestGuardIsDetached(t *testing.T) {
+	s, c := newSpace(t), newCRIU(t)
+	c.ok(t, s.pid, "pre-dump")
+	pid := c.guard(t)
+	if sid, err := unix.Getsid(pid); err != nil || sid != pid {
+		t.Errorf("session %d, %v", sid, err)
+	}
+	for fd := range 3 {
+		if at, err := os.Readlink(fmt.Sprintf("/proc/%d/fd/%d", pid, fd)); err != nil || at != os.DevNull {
+			t.Errorf("descriptor %d: %s, %v", fd, at, err)
+		}
+	}
+	if at, err := os.Readlink(fmt.Sprintf("/proc/%d/cwd", pid)); err != nil || at != "/" {
+		t.Errorf("in %s, %v", at, err)
+	}
+}
+
+func TestGuardIsStartedByHooksAlone(t *testing.T) {
+	for _, args := range [][]string{{"guard"}, {"guard", "dump", "1", "1", "no", "no"}, {"guard", "dump", "x", "1", "no", "no"}, {"guard", "--help"}} {
+		run(t, args...).oneError(t, 2, "hooks start this")
+	}
+}
+
+// The two sides of the socket say the same.
+func TestEarlyIsTheGuards(t *testing.T) {
+	if early.GuardDir != guard.Dir {
+		t.Errorf("%s and %s", early.GuardDir, guard.Dir)
+	}
+	for _, a := range []action.Name{action.NetworkLock, action.NetworkUnlock, action.PostSetupNamespaces, action.PostRestore, action.PostResume} {
+		if !early.Asks(string(a)) {
+			t.Errorf("%s does not ask the guard", a)
+		}
+	}
+	for path, want := range map[string]string{
+		"/proc/12/fd/3": "12", "/proc/self/fd/3": "", "/var/img": "", "": "", "/proc/12": "", "/proc/12/cwd": "", "/proc/-1/fd/3": "",
+	} {
+		if got := early.CRIU(path); got != want {
+			t.Errorf("%q: %q, want %q", path, got, want)
+		}
+	}
+}
