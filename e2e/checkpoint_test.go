@@ -31,6 +31,7 @@ type run struct {
 	streams map[string]*traffic.Stream
 	rules   string
 	failAt  string                  // the hook that the test makes fail
+	killAt  string                  // the hook at which the test kills CRIU, in place of that
 	at      map[string]func() error // what the test does at a hook, before it looks
 	errs    []error
 }
@@ -96,6 +97,11 @@ func (r *run) watch(h testbed.Hook) error {
 		r.errs = append(r.errs, err)
 	}
 	if h.Action == r.failAt {
+		if h.Action == r.killAt {
+			if _, err := r.l.Run(r.ctx, "sh", "-c", fmt.Sprint("kill -KILL ", h.CRIU)); err != nil {
+				r.errs = append(r.errs, err)
+			}
+		}
 		return errOnPurpose
 	}
 	return nil

@@ -20,6 +20,8 @@ type Hook struct {
 	// PID is CRTOOLS_INIT_PID as it stood in the environment, if it did.
 	PID    string
 	PIDSet bool
+	// CRIU is the pid in the session of the process that runs the script.
+	CRIU int
 }
 
 // Hooks hears of every hook from the relaying script, while CRIU waits.

@@ -44,7 +44,7 @@ func relay() error {
 	defer c.Close()
 	c.SetDeadline(time.Now().Add(30 * time.Second))
 	pid, pidSet := os.LookupEnv("CRTOOLS_INIT_PID")
-	if err := json.NewEncoder(c).Encode(testbed.Hook{Action: os.Getenv("CRTOOLS_SCRIPT_ACTION"), PID: pid, PIDSet: pidSet}); err != nil {
+	if err := json.NewEncoder(c).Encode(testbed.Hook{Action: os.Getenv("CRTOOLS_SCRIPT_ACTION"), PID: pid, PIDSet: pidSet, CRIU: os.Getppid()}); err != nil {
 		return err
 	}
 	answer, err := bufio.NewReader(c).ReadString('\n')

@@ -1,0 +1,135 @@
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/criu-netlock/criu-netlock/e2e/testbed"
+)
+
+// CRIU is killed at every hook at which something is locked. It cannot call any further
+// hook then: what remains is the guard.
+func TestKilled(t *testing.T) {
+	for _, engine := range []string{"criu", "runc"} {
+		for _, hook := range []string{"network-lock", "post-dump"} {
+			t.Run(engine+"/dump/"+hook, func(t *testing.T) {
+				r := newRun(t, engine, "skip")
+				r.killAt = hook
+				r.dump(hook, true)
+				r.killAt = ""
+				r.thaw()
+				r.unlocks()
+				if hook == "post-dump" {
+					// CRIU had switched the sockets to TCP_REPAIR, and cannot switch them back:
+					// the task's next read fails. The container has a network, not its connections.
+					if err := r.probe("after CRIU was killed", r.e.Netns(), false); err != nil {
+						t.Error(err)
+					}
+					return
+				}
+				r.flows("after CRIU was killed")
+				// And the next dump is good.
+				want(t, r.dump("", true), "pre-dump", "network-lock", "post-dump", "network-unlock")
+				r.finish()
+			})
+		}
+		if engine == "runc" {
+			// A killed CRIU leaves runc half a container, in a frozen cgroup and with mounts
+			// that runc itself cannot remove.
+			continue
+		}
+		for _, hook := range []string{"setup-namespaces", "post-setup-namespaces", "post-restore"} {
+			t.Run(engine+"/restore/"+hook, func(t *testing.T) {
+				r := newRun(t, engine, "skip")
+				r.dump("", false)
+				r.killAt = hook
+				r.restore(hook)
+				r.killAt = ""
+				r.killHalfRestored()
+				r.unguarded()
+				r.dead()
+				r.restore("")
+				r.finish()
+			})
+		}
+	}
+}
+
+// thaw is what an administrator does with a container whose CRIU was killed: CRIU had
+// frozen its cgroup.
+func (r *run) thaw() {
+	r.t.Helper()
+	if e, ok := r.e.(*testbed.Runc); ok {
+		_, _ = r.l.Run(r.ctx, "runc", "resume", e.ID) // refused if it is not frozen
+	}
+}
+
+// unlocks waits until the guard has unlocked and is gone.
+func (r *run) unlocks() {
+	r.t.Helper()
+	err := testbed.Poll(r.ctx, func() error {
+		rules, err := r.l.Rules(r.ctx, r.e.Netns())
+		if tables, _, _ := ours(rules); len(tables) != 0 {
+			return fmt.Errorf("still locked:\n%s", rules)
+		}
+		return err
+	})
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	r.unguarded()
+}
+
+func (r *run) guards() (out []string) {
+	ps, err := r.l.Run(r.ctx, "sh", "-c", `for p in /proc/[0-9]*; do tr '\0' ' ' 2>/dev/null < $p/cmdline | grep '^criu-netlock guard'; done; true`)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return strings.Fields(ps)
+}
+
+// unguarded waits until no guard is left.
+func (r *run) unguarded() {
+	r.t.Helper()
+	if err := testbed.Poll(r.ctx, func() error {
+		if g := r.guards(); len(g) != 0 {
+			return fmt.Errorf("guards are left: %q", g)
+		}
+		return nil
+	}); err != nil {
+		r.t.Fatal(err)
+	}
+}
+
+// killHalfRestored kills the tasks that a killed CRIU has left behind.
+func (r *run) killHalfRestored() {
+	r.t.Helper()
+	ctx, cancel := context.WithTimeout(r.ctx, 20*time.Second)
+	defer cancel()
+	err := testbed.Poll(ctx, func() error {
+		ps, err := r.l.Processes()
+		if err != nil {
+			return err
+		}
+		var left []string
+		for _, p := range ps {
+			pid, name, _ := strings.Cut(p, " ")
+			if _, err := strconv.Atoi(pid); err != nil || !strings.Contains(name, "criu") && !strings.Contains(name, "workload") || strings.Contains(name, "netlock") {
+				continue
+			}
+			left = append(left, p)
+			_, _ = r.l.Run(ctx, "sh", "-c", "kill -KILL "+pid) // it may have gone meanwhile
+		}
+		if len(left) != 0 {
+			return fmt.Errorf("half restored: %q", left)
+		}
+		return nil
+	})
+	if err != nil {
+		r.t.Fatal(err)
+	}
+}
