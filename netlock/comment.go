@@ -2,9 +2,12 @@ package netlock
 
 import (
 	"errors"
+	"fmt"
 	"strconv"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/criu-netlock/criu-netlock/netlock/internal/proc"
 )
@@ -25,8 +28,8 @@ type Caller struct {
 	// that was asked for by hand.
 	Task      int    `json:"-"`
 	TaskStart uint64 `json:"-"`
-	// Boot are the first digits of the boot's id: in an image the pids are another
-	// host's.
+	// Boot tells where the pids mean something: the first digits of the boot's id, and
+	// the pid namespace. In an image they are another host's.
 	Boot string `json:"-"`
 }
 
@@ -49,15 +52,75 @@ func ParentOf(pid int) int {
 	return st.PPID
 }
 
-// bootDigits of a boot's id are enough to tell a host from the next, and leave room.
-const bootDigits = 8
+// bootDigits of a boot's id are enough to tell a host from the next, and leave room for
+// the pid namespace's eight.
+const bootDigits = 7
 
 func bootID() string {
+	var st unix.Stat_t
 	s, err := proc.Read("/proc/sys/kernel/random/boot_id")
-	if err != nil || len(s) < bootDigits {
+	if err != nil || len(s) < bootDigits || unix.Stat("/proc/self/ns/pid", &st) != nil {
 		return ""
 	}
-	return s[:bootDigits]
+	return s[:bootDigits] + fmt.Sprintf("%08x", uint32(st.Ino))
+}
+
+// Use says what a lock is for, as far as its metadata and the tasks of this host tell.
+type Use string
+
+// The uses.
+const (
+	// InUse: the caller is alive.
+	InUse Use = "in use"
+	// ByHand: no CRIU asked for it, and no CRIU ends it.
+	ByHand Use = "by hand"
+	// Waiting: the caller is gone and so is the task: it was dumped, and its peers are
+	// not to be reset before it is restored.
+	Waiting Use = "waiting for a restore"
+	// Stopped: the caller is gone, the task was left stopped.
+	Stopped Use = "stopped"
+	// Stale: the caller is gone and the task runs: the checkpoint is over.
+	Stale Use = "stale"
+	// Unknown: the metadata are missing, or of another pid namespace.
+	Unknown Use = "unknown"
+)
+
+// UseOf tells what the lock of a State is for. inhabited tells whether a task is in the
+// namespace; it is asked only of a lock that came with an image from another boot.
+func UseOf(st State, inhabited func() bool) Use {
+	return useOf(st.Caller, bootID(), proc.StatOf, inhabited)
+}
+
+func useOf(c Caller, boot string, stat func(int) (proc.Stat, error), inhabited func() bool) Use {
+	alive := func(pid int, start uint64) (proc.Stat, bool) {
+		st, err := stat(pid)
+		return st, err == nil && st.Start == start && st.State != 'Z' && st.State != 'X'
+	}
+	switch {
+	case c.Boot == "" || boot == "":
+		return Unknown
+	case c.Task == 0:
+		return ByHand
+	case c.Boot != boot && strings.HasPrefix(c.Boot, boot[:bootDigits]):
+		return Unknown
+	case c.Boot != boot:
+		// CRIU has put the rules of an image back, and our hooks, which would have made
+		// them their own, were not called.
+		if inhabited() {
+			return Stale
+		}
+		return Waiting
+	}
+	if _, ok := alive(c.PID, c.Start); ok {
+		return InUse
+	}
+	switch st, ok := alive(c.Task, c.TaskStart); {
+	case !ok:
+		return Waiting
+	case st.State == 'T':
+		return Stopped
+	}
+	return Stale
 }
 
 // Comment is a lock's metadata: format, time and caller. Every backend puts it into

@@ -5,6 +5,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/criu-netlock/criu-netlock/netlock/internal/proc"
 )
 
 func TestCommentRoundTrip(t *testing.T) {
@@ -22,7 +24,7 @@ func TestCommentRoundTrip(t *testing.T) {
 			t.Errorf("%q reads back as %v %v %v", text, since, c, err)
 		}
 	}
-	whole := Caller{PID: 1 << 22, Name: strings.Repeat("n", 15), Start: 1<<64 - 1, Task: 1 << 22, TaskStart: 1<<64 - 1, Boot: "0123abcd"}
+	whole := Caller{PID: 1 << 22, Name: strings.Repeat("n", 15), Start: 1<<64 - 1, Task: 1 << 22, TaskStart: 1<<64 - 1, Boot: "0123abceffffffc"}
 	if text := Comment(now, whole); len(text) > 127 {
 		t.Errorf("%q: %d bytes, nft's limit is 127", text, len(text))
 	} else if _, c, err := ParseComment(text); err != nil || c != whole {
@@ -51,7 +53,50 @@ func TestCommentNames(t *testing.T) {
 // The caller and its task are known again by their start times, not by their pids alone.
 func TestCallerOf(t *testing.T) {
 	c := CallerOf(os.Getpid()).For(os.Getppid())
-	if c.PID != os.Getpid() || c.Name == "" || c.Start == 0 || len(c.Boot) != bootDigits || c.Task != os.Getppid() || c.TaskStart == 0 {
+	if c.PID != os.Getpid() || c.Name == "" || c.Start == 0 || len(c.Boot) != bootDigits+8 || c.Task != os.Getppid() || c.TaskStart == 0 {
 		t.Errorf("%+v", c)
+	}
+}
+
+func TestUse(t *testing.T) {
+	const boot = "0123abceffffffc"
+	tasks := map[int]proc.Stat{
+		10: {Start: 100, State: 'S'}, 11: {Start: 100, State: 'Z'}, 20: {Start: 200, State: 'R'}, 21: {Start: 200, State: 'T'}, 22: {Start: 200, State: 'D'},
+	}
+	stat := func(pid int) (proc.Stat, error) {
+		if st, ok := tasks[pid]; ok {
+			return st, nil
+		}
+		return proc.Stat{}, os.ErrNotExist
+	}
+	caller := func(pid int, start uint64, task int, taskStart uint64) Caller {
+		return Caller{PID: pid, Name: "criu", Start: start, Task: task, TaskStart: taskStart, Boot: boot}
+	}
+	for name, c := range map[string]struct {
+		c         Caller
+		inhabited bool
+		want      Use
+	}{
+		"CRIU at work":                     {caller(10, 100, 20, 200), true, InUse},
+		"its pid is another's":             {caller(10, 99, 20, 200), true, Stale},
+		"CRIU a zombie":                    {caller(11, 100, 20, 200), true, Stale},
+		"CRIU dead, task runs":             {caller(9, 100, 20, 200), true, Stale},
+		"CRIU dead, task in a system call": {caller(9, 100, 22, 200), true, Stale},
+		"CRIU dead, task stopped":          {caller(9, 100, 21, 200), true, Stopped},
+		"CRIU dead, task dead":             {caller(9, 100, 19, 200), false, Waiting},
+		"the task's pid is another's":      {caller(9, 100, 20, 201), false, Waiting},
+		"by hand":                          {caller(9, 100, 0, 0), true, ByHand},
+		"no metadata":                      {Caller{}, true, Unknown},
+		"metadata without a boot":          {Caller{PID: 9, Name: "criu"}, true, Unknown},
+		"another pid namespace":            {Caller{PID: 9, Task: 20, Boot: "0123abcf0000001"}, true, Unknown},
+		"of an image, restored without us": {Caller{PID: 9, Task: 20, Boot: "fffffffeffffffc"}, true, Stale},
+		"of an image, not restored":        {Caller{PID: 9, Task: 20, Boot: "fffffffeffffffc"}, false, Waiting},
+	} {
+		if got := useOf(c.c, boot, stat, func() bool { return c.inhabited }); got != c.want {
+			t.Errorf("%s: %s, want %s", name, got, c.want)
+		}
+	}
+	if got := useOf(caller(10, 100, 20, 200), "", stat, nil); got != Unknown {
+		t.Errorf("without a boot id: %s", got)
 	}
 }

@@ -53,6 +53,7 @@ type cli struct {
 	timeout string
 	json    bool
 	all     bool
+	dryRun  bool
 
 	out stdout // of help and completion
 	ran bool   // past the checks of cobra, whose errors are all bad input
@@ -91,7 +92,7 @@ func runCommand(start time.Time, args []string) int {
 	return netlock.ExitCode(list[0])
 }
 
-const usage = "usage: criu-netlock lock|unlock|status|list|check|version|completion [flags]"
+const usage = "usage: criu-netlock lock|unlock|status|list|gc|check|version|completion [flags]"
 
 func (c *cli) root() *cobra.Command {
 	root := &cobra.Command{
@@ -173,6 +174,12 @@ func (c *cli) root() *cobra.Command {
 	backend(timeout(targets(add(&cobra.Command{Use: "status", Short: "Tell whether a network namespace is locked",
 		Example: "  criu-netlock status --netns blue"}, c.status), "")), lookBy)
 	backend(timeout(add(&cobra.Command{Use: "list", Short: "List every locked network namespace of this host"}, c.list)), lookBy)
+	gc := timeout(add(&cobra.Command{Use: "gc", Short: "Unlock what a checkpoint that is over has left locked",
+		Long: "Unlock every network namespace of this host whose lock is stale: who asked for it is gone,\n" +
+			"and the task it was for runs. Locks that are in use, that wait for a restore, of stopped\n" +
+			"tasks, and those that were taken by hand are left alone.",
+		Example: "  criu-netlock gc --dry-run"}, c.gc))
+	gc.Flags().BoolVar(&c.dryRun, "dry-run", false, "tell what would be unlocked, and change nothing")
 	backend(timeout(targets(add(&cobra.Command{Use: "check", Short: "Tell whether a lock can be taken here, and what to do if not",
 		Long: "Tell whether a lock can be taken here, by taking one in a network namespace made for it,\n" +
 			"and what to do if not. With --pid or --netns, tell of these namespaces too; no rule of\n" +

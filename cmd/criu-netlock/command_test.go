@@ -261,7 +261,7 @@ func TestList(t *testing.T) {
 			t.Errorf("net:[%d] twice", ino)
 		}
 		found[ino] = f
-		if len(f) != 10 {
+		if len(f) != 11 || f["use"] != "by hand" && f["use"] != "in use" {
 			t.Errorf("%v", f)
 		}
 	}

@@ -4,6 +4,7 @@ package main
 // work of its later hooks.
 
 import (
+	"context"
 	"fmt"
 	"log/syslog"
 	"os"
@@ -118,12 +119,31 @@ func runGuard(args []string) int {
 			return guard.Answer{Code: code, Line: line}
 		},
 	}
-	if err := g.Serve(ready); err != nil && err != guard.ErrTaken {
+	// The lock of the checkpoint is not to be the first thing that this process does. A
+	// second one, kept until the end, keeps nf_tables' hooks in use on this machine: the
+	// first and the last base chain of any namespace patch the kernel, 200 µs each.
+	g.Ready = func() {
+		ready()
+		l := guardLocker(cfg, criu)
+		ctx, cancel := context.WithTimeout(context.Background(), cfg.Timeout)
+		defer cancel()
+		if _, err := trial(ctx, l); err != nil {
+			return // pre-dump has said so, or the hook will
+		}
+		if ns, err := throwaway(); err == nil {
+			_, _ = l.Lock(ctx, ns) // for speed alone
+			warm = ns
+		}
+	}
+	if err := g.Serve(); err != nil && err != guard.ErrTaken {
 		log("the guard of pid %d: %v", c.Task, err)
 		return netlock.ExitCode(err)
 	}
 	return 0
 }
+
+// warm is a namespace of the guard's own that ends with it.
+var warm *netlock.Namespace
 
 // guardLocker is newLocker for a process that stays: it waits for the kernel's clean-up
 // when nobody waits for it.

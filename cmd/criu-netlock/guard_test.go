@@ -288,3 +288,51 @@ func TestEarlyIsTheGuards(t *testing.T) {
 		}
 	}
 }
+
+// gc takes off what a checkpoint that is over has left, and nothing else.
+func TestGC(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "netlock.toml")
+	if err := os.WriteFile(file, []byte("guard = false\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	checkpoint := func() (*space, *fakeCRIU) {
+		s, c := newSpace(t), newCRIU(t, "CRIU_NETLOCK_CONFIG="+file)
+		c.ok(t, s.pid, "network-lock")
+		return s, c
+	}
+	busy, _ := checkpoint()
+	stale, dead := checkpoint()
+	dead.kill()
+	stopped, dead := checkpoint()
+	if err := unix.Kill(stopped.task.Process.Pid, unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	dead.kill()
+	eventually(t, "stopped", func() bool { return guard.Stopped(stopped.task.Process.Pid) })
+	waiting, dead := checkpoint()
+	name := waiting.name(t)
+	if err := waiting.task.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	_ = waiting.task.Wait()
+	dead.kill()
+	hand := newSpace(t)
+	run(t, "lock", "--pid", hand.pid).want(t, 0)
+
+	list := run(t, "list").want(t, 0).stdout
+	for _, want := range []string{"use        in use\n", "use        stale:", "use        stopped\n", "use        waiting for a restore\n", "use        by hand\n"} {
+		if !strings.Contains(list, want) {
+			t.Errorf("list does not say %q:\n%s", want, list)
+		}
+	}
+	run(t, "gc", "--dry-run").want(t, 0, "stale, would be unlocked", "waiting for a restore, left alone")
+	if !stale.isLocked(t) {
+		t.Error("a dry run unlocked")
+	}
+	run(t, "gc").want(t, 0, "stale, unlocked", "in use, left alone", "by hand, left alone", "stopped, left alone")
+	for s, want := range map[*space]bool{busy: true, stale: false, stopped: true, hand: true} {
+		s.wantLocked(t, want)
+	}
+	run(t, "status", "--json", "--netns", name).want(t, 0, `"locked": true`)
+	run(t, "gc", "--pid", hand.pid).oneError(t, 2, "unknown flag")
+}

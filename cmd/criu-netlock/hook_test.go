@@ -250,3 +250,14 @@ func TestHooksAtOnce(t *testing.T) {
 		t.Errorf("this is left:\n%s", after)
 	}
 }
+
+// A hook with nothing to do ends before what the others need is initialised: that is
+// two thirds of what the program takes to start.
+func TestEarly(t *testing.T) {
+	r := execute(t, append(hookEnv("pre-resume", "1"), "GODEBUG=inittrace=1"), program).want(t, 0, "init runtime ")
+	for _, late := range []string{"unicode", "reflect", "encoding/json", "log", "net", "github.com/", "golang.org/"} {
+		if strings.Contains(r.stderr, "init "+late) {
+			t.Errorf("%s was initialised:\n%s", late, r.stderr)
+		}
+	}
+}

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/criu-netlock/criu-netlock/e2e/testbed"
+	"github.com/criu-netlock/criu-netlock/netlock/config"
 )
 
 // inCRIU dumps a container with criu dump --leave-running, round robin under each
@@ -48,17 +49,22 @@ func inCRIU(program string, dumps int) (err error) {
 	rows := []struct {
 		name, lock           string
 		scripts              []string
+		config               string // netlock.toml
 		locks, unlocks, ices []time.Duration
 	}{
 		{name: "no lock at all (`network-lock skip`)", lock: "skip"},
 		{name: "CRIU's, iptables (`iptables-nft`)", lock: "iptables"},
 		{name: "CRIU's, nftables", lock: "nftables"},
 		{name: "**criu-netlock** (`skip` + action script)", lock: "skip", scripts: ours},
+		{name: "criu-netlock without its guard (`guard = false`)", lock: "skip", scripts: ours, config: "guard = false\n"},
 	}
 	for i := range rows {
 		r := &rows[i]
 		e := &testbed.CLI{Container: testbed.Container{S: s, Net: n, ID: "bench" + strconv.Itoa(i), Lock: r.lock, Scripts: r.scripts,
 			Argv: []string{testbed.BinDir + "/workload"}}}
+		if err := os.WriteFile(s.Path(config.DefaultPath), []byte(r.config), 0o644); err != nil {
+			return err
+		}
 		if err := e.Start(ctx); err != nil {
 			return err
 		}

@@ -74,8 +74,10 @@ type Guard struct {
 	Locker   Locker
 	Policy   Policy
 	Deadline time.Duration // how long an unlock that fails is tried again
-	// Hook does what a hook asks for. Over is told when nothing is left to guard.
+	// Hook does what a hook asks for.
 	Hook func(Request) Answer
+	// Ready is called when the guard is in its place.
+	Ready func()
 	// Log writes to the system's log: there is no other place once CRIU is gone.
 	Log func(format string, args ...any)
 	// Dir is for tests; empty means the Dir of the package.
@@ -127,15 +129,14 @@ func decide(f facts) verdict {
 	return release
 }
 
-// Serve takes the guard's place in Dir, calls ready, and watches until nothing is left
+// Serve takes the guard's place in Dir, calls Ready, and watches until nothing is left
 // to guard. An error of ErrTaken means that another guard is there.
-func (g *Guard) Serve(ready func()) error {
+func (g *Guard) Serve() error {
 	s, err := listen(g.dir(), nameOf(g.NS.Inode(), g.CRIU))
 	if err != nil {
 		return err
 	}
 	defer s.close()
-	ready()
 	done := make(chan struct{}, 1)
 	go s.serve(func(r Request) Answer {
 		a := g.hook(r)
@@ -147,6 +148,7 @@ func (g *Guard) Serve(ready func()) error {
 		}
 		return a
 	})
+	g.Ready()
 	gone := make(chan struct{})
 	go func() { waitPidfd(g.CRIUfd, -1); close(gone) }()
 	select {

@@ -129,7 +129,8 @@ func newLab(t *testing.T, phase Phase, dir string, ns *netlock.Namespace) *lab {
 func (l *lab) start(t *testing.T) {
 	t.Helper()
 	ready := make(chan struct{})
-	go func() { l.end <- l.Serve(func() { close(ready) }) }()
+	l.Ready = func() { close(ready) }
+	go func() { l.end <- l.Serve() }()
 	select {
 	case <-ready:
 	case err := <-l.end:
@@ -283,7 +284,7 @@ func TestTaken(t *testing.T) {
 	l := newLab(t, Dump, tempDir(t), namespace(t))
 	l.start(t)
 	second := *l.Guard
-	if err := second.Serve(func() {}); !errors.Is(err, ErrTaken) {
+	if err := second.Serve(); !errors.Is(err, ErrTaken) {
 		t.Errorf("a second guard of one checkpoint: %v", err)
 	}
 	kill(t, l.criu)

@@ -2,7 +2,7 @@
 // hooks, and two of them while a container is frozen.
 //
 // It is a package of its own, and imports nothing but os and what
-// os imports, because Go initialises
+// os imports (strings and strconv, say, would come too late), because Go initialises
 // packages in the order of their import paths as soon as what they import is ready.
 // So this comes before all that the other hooks and the commands need (nftables,
 // cobra, encoding, net), which is two thirds of what the program takes longer to

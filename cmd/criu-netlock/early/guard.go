@@ -6,8 +6,6 @@ package early
 
 import (
 	"os"
-	"strconv"
-	"strings"
 	"syscall"
 	"time"
 )
@@ -44,13 +42,16 @@ func ask(name string) {
 	if syscall.Stat("/proc/"+pid+"/ns/net", &netns) != nil || syscall.Stat("/proc/self/ns/pid", &pidns) != nil {
 		return
 	}
-	path := GuardDir + "/" + strconv.FormatUint(netns.Ino, 10) + "." + strconv.FormatUint(pidns.Ino, 10) + "." + criu
+	path := GuardDir + "/" + decimal(netns.Ino) + "." + decimal(pidns.Ino) + "." + criu
 	answer, ok := talk(path, []string{name, pid, image, os.Getenv("CRIU_NETLOCK_CONFIG")})
 	if !ok || len(answer) < 4 || !digits(answer[:3]) || answer[3] != ' ' {
 		return
 	}
-	code, err := strconv.Atoi(answer[:3])
-	if err != nil || code >= notDone {
+	code := 0
+	for _, c := range []byte(answer[:3]) {
+		code = 10*code + int(c-'0')
+	}
+	if code >= notDone {
 		return
 	}
 	say(answer[4:])
@@ -59,12 +60,32 @@ func ask(name string) {
 
 // CRIU is the pid in CRTOOLS_IMAGE_DIR, /proc/<pid>/fd/<n>; empty if there is none.
 func CRIU(image string) string {
-	rest, ok := strings.CutPrefix(image, "/proc/")
-	pid, rest, more := strings.Cut(rest, "/")
-	if !ok || !more || !digits(pid) || !strings.HasPrefix(rest, "fd/") {
+	const before, after = "/proc/", "/fd/"
+	if len(image) < len(before) || image[:len(before)] != before {
 		return ""
 	}
-	return pid
+	rest := image[len(before):]
+	n := 0
+	for n < len(rest) && rest[n] != '/' {
+		n++
+	}
+	if pid := rest[:n]; digits(pid) && len(rest) > n+len(after) && rest[n:n+len(after)] == after {
+		return pid
+	}
+	return ""
+}
+
+// decimal is strconv's, which would have packages initialised that come late.
+func decimal(n uint64) string {
+	var b [20]byte
+	i := len(b)
+	for {
+		i--
+		b[i] = byte('0' + n%10)
+		if n /= 10; n == 0 {
+			return string(b[i:])
+		}
+	}
 }
 
 func digits(s string) bool {
@@ -101,7 +122,10 @@ func talk(path string, words []string) (string, bool) {
 	if peer, err := syscall.GetsockoptUcred(fd, syscall.SOL_SOCKET, syscall.SO_PEERCRED); err != nil || int(peer.Uid) != os.Geteuid() {
 		return "", false
 	}
-	request := strings.Join(append([]string{guardVersion, strconv.FormatInt(monotonic(), 10)}, words...), "\x00")
+	request := guardVersion + "\x00" + decimal(uint64(monotonic()))
+	for _, w := range words {
+		request += "\x00" + w
+	}
 	if syscall.Sendto(fd, []byte(request), syscall.MSG_NOSIGNAL, nil) != nil {
 		return "", false
 	}
