@@ -67,6 +67,7 @@ deps: deps-go ## install Debian's packages that the tests need, if they are miss
 	have debootstrap || need="$$need debootstrap"; \
 	have strace || need="$$need strace"; \
 	have capsh || need="$$need libcap2-bin"; \
+	have systemd-analyze || need="$$need systemd"; \
 	have unshare && have setpriv || need="$$need util-linux"; \
 	[ -z "$$need" ] || { apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends $$need; }
 

@@ -16,6 +16,7 @@ import (
 	"github.com/criu-netlock/criu-netlock/cmd/criu-netlock/early"
 	"github.com/criu-netlock/criu-netlock/netlock/action"
 	"github.com/criu-netlock/criu-netlock/netlock/guard"
+	"github.com/criu-netlock/criu-netlock/netlock/netlocktest"
 )
 
 // fakeCRIU is a process that runs the hook as CRIU does, and dies as it does.
@@ -335,4 +336,30 @@ func TestGC(t *testing.T) {
 	}
 	run(t, "status", "--json", "--netns", name).want(t, 0, `"locked": true`)
 	run(t, "gc", "--pid", hand.pid).oneError(t, 2, "unknown flag")
+}
+
+// The units that come with the program are ones that systemd takes.
+func TestUnits(t *testing.T) {
+	netlocktest.Need(t, "systemd-analyze")
+	dir := t.TempDir()
+	units, err := filepath.Glob("../../packaging/*.*")
+	if err != nil || len(units) != 2 {
+		t.Fatalf("%q, %v", units, err)
+	}
+	for _, u := range units {
+		b, err := os.ReadFile(u)
+		if err != nil {
+			t.Fatal(err)
+		}
+		text := strings.ReplaceAll(string(b), "/usr/local/sbin/criu-netlock", program)
+		if err := os.WriteFile(filepath.Join(dir, filepath.Base(u)), []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, u := range units {
+		u = filepath.Join(dir, filepath.Base(u))
+		if r := execute(t, nil, "systemd-analyze", "verify", u); r.code != 0 || strings.Contains(r.stderr, "criu-netlock") {
+			t.Errorf("%s: %v", u, r)
+		}
+	}
 }
