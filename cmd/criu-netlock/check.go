@@ -98,7 +98,7 @@ func (c *cli) check() error {
 	k.backends(cfg)
 	k.iptables()
 	v := k.criu()
-	k.criuFiles(criuFiles(os.Getenv), v)
+	k.engines(k.criuFiles(criuFiles(os.Getenv), v), v)
 	k.targets(cfg, ts)
 
 	k.Possible = k.err == nil
@@ -320,8 +320,7 @@ func (k *checker) criu() criuVersion {
 }
 
 // criuFiles judges what the configuration files say.
-func (k *checker) criuFiles(files []criuFile, v criuVersion) {
-	var scripts []script
+func (k *checker) criuFiles(files []criuFile, v criuVersion) (scripts []script) {
 	ownLock := "" // what network-lock is set to where it may be
 	for _, f := range files {
 		b, err := os.ReadFile(f.path)
@@ -359,6 +358,7 @@ func (k *checker) criuFiles(files []criuFile, v criuVersion) {
 	if anyOurs(scripts) && ownLock != "skip" {
 		k.warn("CRIU's own lock", "put network-lock skip in /etc/criu/default.conf (CRIU 3.19 or newer), never in runc.conf or crun.conf", "is in use beside ours, which is sound but slower")
 	}
+	return scripts
 }
 
 func (k *checker) networkLock(where string, f criuFile, value string, v criuVersion) {

@@ -55,6 +55,8 @@ type cli struct {
 	all     bool
 	dryRun  bool
 
+	setupFlags setupFlags
+
 	out stdout // of help and completion
 	ran bool   // past the checks of cobra, whose errors are all bad input
 }
@@ -92,7 +94,7 @@ func runCommand(start time.Time, args []string) int {
 	return netlock.ExitCode(list[0])
 }
 
-const usage = "usage: criu-netlock lock|unlock|status|list|gc|check|version|completion [flags]"
+const usage = "usage: criu-netlock lock|unlock|status|list|gc|check|setup|version|completion [flags]"
 
 func (c *cli) root() *cobra.Command {
 	root := &cobra.Command{
@@ -184,6 +186,24 @@ func (c *cli) root() *cobra.Command {
 		Long: "Tell whether a lock can be taken here, by taking one in a network namespace made for it,\n" +
 			"and what to do if not. With --pid or --netns, tell of these namespaces too; no rule of\n" +
 			"theirs is changed."}, c.check), repeated)), tryBy)
+	install := add(&cobra.Command{Use: "setup ENGINE", Short: "Make an engine call criu-netlock, or take that back",
+		Long: "Write into CRIU's configuration what makes an engine call criu-netlock, after showing the\n" +
+			"change. Engines: criu and lxc (/etc/criu/default.conf), runc, podman and docker\n" +
+			"(/etc/criu/runc.conf), crun (/etc/criu/crun.conf). Twice is the same as once; --undo gives\n" +
+			"the file back as it was.",
+		Example: "  criu-netlock setup docker --tcp-established\n  criu-netlock setup --undo docker"}, nil)
+	install.Args = nil
+	install.ValidArgs = nil
+	install.RunE = func(_ *cobra.Command, args []string) error { c.ran = true; return c.setup(args) }
+	install.ValidArgsFunction = cobra.FixedCompletions([]string{"criu", "runc", "crun", "podman", "docker", "lxc"}, cobra.ShellCompDirectiveNoFileComp)
+	f := install.Flags()
+	f.BoolVar(&c.setupFlags.undo, "undo", false, "take out what setup wrote")
+	f.BoolVar(&c.setupFlags.dryRun, "dry-run", false, "show the change and write nothing")
+	f.BoolVar(&c.setupFlags.yes, "yes", false, "do not ask")
+	f.BoolVar(&c.setupFlags.tcpEstablished, "tcp-established", false, "let CRIU dump and restore live TCP connections (runc, crun, podman, docker)")
+	f.BoolVar(&c.setupFlags.replaceLock, "replace-criu-lock", false, "turn CRIU's own lock off (criu, lxc; CRIU 3.19 or newer)")
+	f.StringVar(&c.setupFlags.program, "program", "", "the `PATH` of criu-netlock to write (default: of this program)")
+	f.StringVar(&c.setupFlags.root, "root", "/", "a `FOLDER` to work in, for images of machines")
 	add(&cobra.Command{Use: "version", Short: "Print the version of the program and of its rules"}, c.printVersion)
 	root.InitDefaultCompletionCmd()
 	if cmd, _, err := root.Find([]string{"completion"}); err == nil {

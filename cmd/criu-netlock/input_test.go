@@ -129,7 +129,7 @@ func TestBadArguments(t *testing.T) {
 			run(t, args...).oneError(t, 2, "criu-netlock: ")
 		}
 		execute(t, []string{"CRTOOLS_SCRIPT_ACTION="}, program).oneError(t, 2, "usage: ")
-		run(t).oneError(t, 2, "usage: criu-netlock lock|unlock|status|list|check|version|completion")
+		run(t).oneError(t, 2, "usage: criu-netlock lock|unlock|status|list|gc|check|setup|version|completion")
 	}, s)
 	two := newSpace(t)
 	run(t, "status", "--pid", s.pid, "--pid", two.pid).oneError(t, 2, "one network namespace")

@@ -331,6 +331,14 @@ func dial(ctx context.Context, n *NS, network, addr string, mark int) (c net.Con
 func connect(from *NS, addr string, port, mark int) probe {
 	return func(ctx context.Context) string {
 		c, err := dial(ctx, from, "tcp", net.JoinHostPort(addr, fmt.Sprint(port)), mark)
+		// A neighbour that could not be found under the rules before is looked for again.
+		for errors.Is(err, unix.EHOSTUNREACH) && ctx.Err() == nil {
+			time.Sleep(10 * time.Millisecond)
+			var again error
+			if c, again = dial(ctx, from, "tcp", net.JoinHostPort(addr, fmt.Sprint(port)), mark); ctx.Err() == nil {
+				err = again
+			}
+		}
 		var ne net.Error
 		switch {
 		case err == nil:

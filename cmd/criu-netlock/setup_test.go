@@ -1,0 +1,201 @@
+package main
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+)
+
+// machine is a folder to set up in, with a criu of a version in its PATH.
+type machine struct {
+	root, path string
+}
+
+func newMachine(t *testing.T, version string) *machine {
+	t.Helper()
+	m := &machine{root: t.TempDir(), path: t.TempDir()}
+	if err := os.Mkdir(m.root+"/etc", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if version != "" {
+		m.write(t, m.path+"/criu", "#!/bin/sh\necho Version: "+version+"\n", 0o755)
+	}
+	return m
+}
+
+func (m *machine) write(t *testing.T, path, text string, mode os.FileMode) {
+	t.Helper()
+	if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, []byte(text), mode), os.Chmod(path, mode)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (m *machine) conf(name string) string { return filepath.Join(m.root, "etc/criu", name) }
+
+func (m *machine) read(t *testing.T, name string) string {
+	t.Helper()
+	b, err := os.ReadFile(m.conf(name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
+func (m *machine) setup(t *testing.T, args ...string) result {
+	t.Helper()
+	return execute(t, []string{"PATH=" + m.path + ":/usr/sbin:/usr/bin:/sbin:/bin"}, append([]string{program, "setup", "--root", m.root}, args...)...)
+}
+
+var fileOf = map[string]string{"criu": "default.conf", "lxc": "default.conf", "runc": "runc.conf", "podman": "runc.conf", "docker": "runc.conf", "crun": "crun.conf"}
+
+// Setting up, twice, and undoing leaves every engine's files as they were.
+func TestSetup(t *testing.T) {
+	for engine, name := range fileOf {
+		t.Run(engine, func(t *testing.T) {
+			m := newMachine(t, "4.2")
+			m.setup(t, engine, "--yes").want(t, 0, "+action-script "+program, "written")
+			once := m.read(t, name)
+			if !strings.Contains(once, "\naction-script "+program+"\n") {
+				t.Errorf("written:\n%s", once)
+			}
+			m.setup(t, engine, "--yes").want(t, 0, "nothing to change")
+			if m.read(t, name) != once {
+				t.Error("twice is not the same as once")
+			}
+			m.setup(t, "--undo", engine, "--yes").want(t, 0, "-action-script", "undone")
+			if left, _ := os.ReadDir(m.root + "/etc"); len(left) != 0 {
+				t.Errorf("left: %v", left)
+			}
+			m.setup(t, "--undo", engine, "--yes").want(t, 0, "nothing of criu-netlock setup")
+
+			const before = "# mine\nlog-file /x"
+			m.write(t, m.conf(name), before, 0o640)
+			if err := os.Chown(m.conf(name), 65534, 65534); err != nil {
+				t.Fatal(err)
+			}
+			m.setup(t, engine, "--yes").want(t, 0)
+			var st syscall.Stat_t
+			if err := syscall.Stat(m.conf(name), &st); err != nil || st.Mode&0o777 != 0o640 || st.Uid != 65534 || st.Gid != 65534 {
+				t.Errorf("mode %o, owner %d:%d, %v", st.Mode, st.Uid, st.Gid, err)
+			}
+			m.setup(t, "--undo", engine, "--yes").want(t, 0)
+			if got := m.read(t, name); got != before {
+				t.Errorf("undone: %q", got)
+			}
+			if left, _ := os.ReadDir(m.root + "/etc/criu"); len(left) != 1 {
+				t.Errorf("left: %v", left)
+			}
+		})
+	}
+}
+
+func TestSetupShowsAndWritesNothing(t *testing.T) {
+	m := newMachine(t, "4.2")
+	m.setup(t, "runc", "--dry-run").want(t, 0, "+++ ", "+action-script "+program)
+	m.setup(t, "runc").oneError(t, 2, "not a terminal", "--yes")
+	if left, _ := os.ReadDir(m.root + "/etc"); len(left) != 0 {
+		t.Errorf("left: %v", left)
+	}
+}
+
+func TestSetupKnowsTheEngines(t *testing.T) {
+	m := newMachine(t, "4.2")
+	m.setup(t, "docker", "--yes", "--tcp-established").want(t, 0, "experimental")
+	m.write(t, m.root+"/etc/docker/daemon.json", `{"experimental": true}`, 0o644)
+	if r := m.setup(t, "docker", "--dry-run").want(t, 0); strings.Contains(r.stdout, "experimental") {
+		t.Errorf("%v", r)
+	}
+	if got := m.read(t, "runc.conf"); !strings.Contains(got, "\ntcp-established\n") {
+		t.Errorf("runc.conf:\n%s", got)
+	}
+	m.setup(t, "lxc", "--yes", "--replace-criu-lock").want(t, 0, "lxc-checkpoint -A "+program, "names the program too")
+	if got := m.read(t, "default.conf"); !strings.Contains(got, "\nnetwork-lock skip\n") {
+		t.Errorf("default.conf:\n%s", got)
+	}
+	// What default.conf names already would run twice.
+	m.setup(t, "crun", "--yes").want(t, 0, "names the program already", "nothing to change")
+	if _, err := os.Stat(m.conf("crun.conf")); err == nil {
+		t.Error("crun.conf was written")
+	}
+}
+
+// Other scripts stay, and ours is given last, so that it runs first.
+func TestSetupRunsFirst(t *testing.T) {
+	m := newMachine(t, "4.2")
+	m.write(t, m.conf("runc.conf"), "action-script /usr/bin/criu-coordinator\n", 0o644)
+	m.setup(t, "runc", "--yes").want(t, 0)
+	got := m.read(t, "runc.conf")
+	if strings.Index(got, program) < strings.Index(got, "criu-coordinator") || !strings.HasPrefix(got, "action-script /usr/bin/criu-coordinator\n") {
+		t.Errorf("%s", got)
+	}
+}
+
+func TestSetupOldCRIU(t *testing.T) {
+	m := newMachine(t, "3.18")
+	for _, engine := range []string{"runc", "crun", "podman", "docker"} {
+		m.setup(t, engine, "--yes").oneError(t, 2, "CRIU 3.18", "3.19")
+	}
+	m.setup(t, "criu", "--yes", "--replace-criu-lock").oneError(t, 2, "network-lock skip")
+	if left, _ := os.ReadDir(m.root + "/etc"); len(left) != 0 {
+		t.Errorf("left: %v", left)
+	}
+	m.setup(t, "criu", "--yes").want(t, 0)
+}
+
+func TestSetupRefuses(t *testing.T) {
+	m := newMachine(t, "4.2")
+	for _, c := range [][]string{
+		{}, {"--yes"}, {"kubernetes"}, {"runc", "docker"}, {"runc", "--undo", "--tcp-established"}, {"criu", "--tcp-established"},
+		{"runc", "--replace-criu-lock"}, {"runc", "--program", "relative"}, {"runc", "--program", "/a b"}, {"runc", "--program", "/nowhere"},
+		{"runc", "--program", "/etc/passwd"}, {"runc", "--pid", "1"},
+	} {
+		m.setup(t, append(c, "--yes")...).oneError(t, 2)
+	}
+	loose := filepath.Join(t.TempDir(), "criu-netlock")
+	m.write(t, loose, "x", 0o777)
+	m.setup(t, "runc", "--yes", "--program", loose).oneError(t, 2, "can be changed by others")
+	for name, make := range map[string]func(string) error{
+		"a folder":      func(p string) error { return os.Mkdir(p, 0o755) },
+		"a lost link":   func(p string) error { return os.Symlink("/nowhere/x", p) },
+		"a fifo":        func(p string) error { return syscall.Mkfifo(p, 0o600) },
+		"a second name": func(p string) error { return errors.Join(os.WriteFile(p+"2", nil, 0o600), os.Link(p+"2", p)) },
+		"changed since": func(p string) error {
+			return os.WriteFile(p, []byte("# BEGIN criu-netlock setup: runc=action-script\naction-script /x\nmore\n# END criu-netlock setup\n"), 0o600)
+		},
+	} {
+		m := newMachine(t, "4.2")
+		if err := errors.Join(os.MkdirAll(m.root+"/etc/criu", 0o755), make(m.conf("runc.conf"))); err != nil {
+			t.Fatal(err)
+		}
+		r := m.setup(t, "runc", "--yes")
+		if r.oneError(t, 2); t.Failed() {
+			t.Fatalf("%s: %v", name, r)
+		}
+	}
+	// A link is followed, and stays one.
+	m.write(t, m.root+"/real.conf", "a\n", 0o600)
+	if err := errors.Join(os.MkdirAll(m.root+"/etc/criu", 0o755), os.Symlink("../../real.conf", m.conf("runc.conf"))); err != nil {
+		t.Fatal(err)
+	}
+	m.setup(t, "runc", "--yes").want(t, 0)
+	if st, err := os.Lstat(m.conf("runc.conf")); err != nil || st.Mode()&os.ModeSymlink == 0 || !strings.Contains(m.read(t, "runc.conf"), program) {
+		t.Errorf("the link: %v, %v", st, err)
+	}
+}
+
+// A full disk leaves the file as it was.
+func TestSetupFullDisk(t *testing.T) {
+	m := newMachine(t, "4.2")
+	dir := m.root + "/etc/criu"
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	const script = `mount -t tmpfs -o size=4k tmpfs "$1" && printf 'mine\n' >"$1/runc.conf" && shift && "$@"; echo "exit $?"; cat "$D/runc.conf"; ls -A "$D" | wc -l`
+	r := execute(t, []string{"D=" + dir, "PATH=" + m.path + ":/usr/sbin:/usr/bin:/sbin:/bin"}, "unshare", "-m", "sh", "-c", script, "sh", dir, program, "setup", "--root", m.root, "runc", "--yes")
+	if !strings.Contains(r.stdout, "exit 1\nmine\n1\n") || !isOneLine(r.stderr) {
+		t.Errorf("%v", r)
+	}
+}
