@@ -3,6 +3,7 @@ package e2e
 import (
 	"errors"
 	"fmt"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -34,14 +35,27 @@ type run struct {
 	killAt  string                  // the hook at which the test kills CRIU, in place of that
 	at      map[string]func() error // what the test does at a hook, before it looks
 	errs    []error
+	// renewed: a restore makes a new namespace, with what rules the engine gives it.
+	renewed bool
 }
 
 var errOnPurpose = errors.New("failed on purpose")
 
 func newRun(t *testing.T, engine, lock string) *run {
 	t.Helper()
-	r := &run{fixture: begin(t, engine, lock, oursPath, relayPath), streams: map[string]*traffic.Stream{}, at: map[string]func() error{}}
-	r.loadUserRules()
+	r := &run{fixture: begin(t, engine, lock, oursPath, relayPath)}
+	r.begin()
+	return r
+}
+
+// begin loads the container's rules and begins its connections.
+func (r *run) begin() {
+	t := r.t
+	t.Helper()
+	r.streams, r.at = map[string]*traffic.Stream{}, map[string]func() error{}
+	if !r.renewed {
+		r.loadUserRules()
+	}
 	var err error
 	if r.rules, err = r.l.Rules(r.ctx, r.e.Netns()); err != nil {
 		t.Fatal(err)
@@ -54,7 +68,6 @@ func newRun(t *testing.T, engine, lock string) *run {
 		t.Fatal(err)
 	}
 	r.flows("before")
-	return r
 }
 
 func (r *run) loadUserRules() {
@@ -150,7 +163,27 @@ func (r *run) dump(failAt string, leaveRunning bool) []string {
 
 func (r *run) restore(failAt string) []string {
 	r.t.Helper()
+	if r.renewed {
+		r.silence()
+	}
 	return r.do("restore", failAt, func() error { return r.e.Restore(r.ctx) })
+}
+
+// silence makes the peer send no IP packet until our lock is in force. An engine that
+// restores into a new namespace gives it its addresses before CRIU calls a hook
+// (podman before CRIU runs, Docker in a hook of its own at setup-namespaces): for that
+// time its kernel answers what the peer repeats with a reset. It is a limit that the
+// README names; the ways around it have tests without this.
+func (r *run) silence() {
+	r.t.Helper()
+	const rules = "table inet silence { chain output { type filter hook output priority 0; policy drop; }; }\n"
+	if _, err := r.l.Feed(r.ctx, r.net.Path(), rules, "nft", "-f", "-"); err != nil {
+		r.t.Fatal(err)
+	}
+	r.at["setup-namespaces"] = func() error {
+		_, err := r.l.RunIn(r.ctx, r.net.Path(), "nft", "delete", "table", "inet", "silence")
+		return err
+	}
 }
 
 // flows asserts that both connections go on.
@@ -188,7 +221,7 @@ func (r *run) finish() {
 	switch {
 	case len(tables) != 0:
 		r.t.Errorf("a table of ours is left:\n%s", rules)
-	case r.skip && rules != r.rules:
+	case r.skip && anyPort(rules) != anyPort(r.rules):
 		r.t.Errorf("the rule set was\n%s\nand is\n%s", r.rules, rules)
 	}
 	for family, s := range r.streams {
@@ -198,6 +231,12 @@ func (r *run) finish() {
 		}
 		r.t.Logf("%s: %d messages sent, %d received, longest gap %v", family, st.Sent, st.Received, st.Gap)
 	}
+}
+
+// anyPort is a rule set without the ports of the name server that Docker has in each
+// container, which are others after a restart.
+func anyPort(rules string) string {
+	return regexp.MustCompile(`(127\.0\.0\.11:|sport )\d+`).ReplaceAllString(rules, "${1}PORT")
 }
 
 // The cases: in each the connections must live through it.

@@ -40,6 +40,7 @@ type lab struct {
 	// What there is while no test runs.
 	mounts    []string
 	processes []string
+	netns     []string
 }
 
 // theLab is opened by the first test that needs it and closed by TestMain.
@@ -53,19 +54,25 @@ func TestMain(m *testing.M) {
 	host := machine()
 	code := m.Run()
 	if l := theLab.lab; l != nil {
-		err := errors.Join(l.hooks.Close(), l.Close())
-		if now := machine(); now != host {
-			err = errors.Join(err, fmt.Errorf("the machine's own network was\n%s\nand is\n%s", host, now))
-		}
-		if b, e := os.ReadFile("/proc/self/mountinfo"); e != nil || strings.Contains(string(b), l.Work) {
-			err = errors.Join(err, e, fmt.Errorf("a mount of %s is left", l.Work))
-		}
-		if err != nil {
+		if err := l.close(host); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			code = 1
 		}
 	}
 	os.Exit(code)
+}
+
+// close ends the session and checks that the machine is as it was.
+func (l *lab) close(host string) error {
+	err := errors.Join(l.hooks.Close(), l.Close())
+	if now := machine(); now != host {
+		err = errors.Join(err, fmt.Errorf("the machine's own network was\n%s\nand is\n%s", host, now))
+	}
+	b, e := os.ReadFile("/proc/self/mountinfo")
+	if e != nil || strings.Contains(string(b), l.Work) {
+		err = errors.Join(err, e, fmt.Errorf("a mount of %s is left", l.Work))
+	}
+	return err
 }
 
 // machine is what of the machine's own network no test may change.
@@ -116,7 +123,10 @@ func openLab(t *testing.T) *lab {
 	t.Helper()
 	need(t)
 	theLab.once.Do(func() {
-		theLab.lab, theLab.err = newLab(func(s string) { t.Log(s) })
+		theLab.lab, theLab.err = newLab(testbed.Default(), (*testbed.Root).Enter, func(s string) { t.Log(s) })
+		if theLab.err == nil {
+			theLab.err = theLab.lab.rest()
+		}
 	})
 	if theLab.err != nil {
 		t.Fatal(theLab.err)
@@ -124,14 +134,14 @@ func openLab(t *testing.T) *lab {
 	return theLab.lab
 }
 
-func newLab(progress func(string)) (_ *lab, err error) {
+func newLab(r testbed.Recipe, enter func(*testbed.Root, context.Context) (*testbed.Session, error), progress func(string)) (_ *lab, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Minute)
 	defer cancel()
-	root, err := testbed.Default().Ensure(ctx, progress)
+	root, err := r.Ensure(ctx, progress)
 	if err != nil {
 		return nil, err
 	}
-	s, err := root.Enter(ctx)
+	s, err := enter(root, ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -161,13 +171,19 @@ func newLab(progress func(string)) (_ *lab, err error) {
 	if l.hooks, err = s.ListenHooks(); err != nil {
 		return nil, err
 	}
-	if l.mounts, err = s.Mounts(); err != nil {
-		return nil, err
-	}
-	if l.processes, err = s.Processes(); err != nil {
-		return nil, err
-	}
 	return l, nil
+}
+
+// rest notes what there is while no test runs.
+func (l *lab) rest() (err error) {
+	if l.mounts, err = l.Mounts(); err != nil {
+		return err
+	}
+	if l.netns, err = filepath.Glob(l.Path("/run/netns/*")); err != nil {
+		return err
+	}
+	l.processes, err = l.Processes()
+	return err
 }
 
 func copyFile(from, to string) error {
@@ -217,25 +233,31 @@ func begin(t *testing.T, engine, lock string, scripts ...string) *fixture {
 	case "runc-shared":
 		f.e = &testbed.Runc{Container: c, Shared: true}
 	}
-	t.Cleanup(func() {
+	f.start(f.net.Close)
+	return f
+}
+
+// start starts the container, and ends it with the test.
+func (f *fixture) start(atLast func(context.Context) error) {
+	f.t.Helper()
+	f.t.Cleanup(func() {
 		// t's context has ended by now.
 		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 		defer cancel()
-		l.hooks.Handle(nil)
-		if t.Failed() {
+		f.l.hooks.Handle(nil)
+		if f.t.Failed() {
 			if log, err := f.e.Log(); err == nil {
-				t.Logf("CRIU's last log:\n%s", ofInterest(log))
+				f.t.Logf("CRIU's last log:\n%s", ofInterest(log))
 			}
 		}
-		if err := errors.Join(f.e.Destroy(ctx), f.net.Close(ctx)); err != nil {
-			t.Error(err)
+		if err := errors.Join(f.e.Destroy(ctx), atLast(ctx)); err != nil {
+			f.t.Error(err)
 		}
 		f.nothingLeft()
 	})
-	if err := f.e.Start(ctx); err != nil {
-		t.Fatal(err)
+	if err := f.e.Start(f.ctx); err != nil {
+		f.t.Fatal(err)
 	}
-	return f
 }
 
 // ofInterest is what of CRIU's log tells about a failure.
@@ -268,7 +290,7 @@ func (f *fixture) nothingLeft() {
 	if ms, err := f.l.Mounts(); err != nil || !slices.Equal(ms, f.l.mounts) {
 		f.t.Errorf("mounts left: %q, before %q, %v", ms, f.l.mounts, err)
 	}
-	if names, err := filepath.Glob(f.l.Path("/run/netns/*")); err != nil || len(names) != 0 {
+	if names, err := filepath.Glob(f.l.Path("/run/netns/*")); err != nil || !slices.Equal(names, f.l.netns) {
 		f.t.Errorf("namespaces left: %v, %v", names, err)
 	}
 }
@@ -389,6 +411,10 @@ func (f *fixture) locked(at, path string) error {
 // reachable tells whether the container has its interface at a hook: a namespace
 // that is only being restored has none before its contents are.
 func (f *fixture) reachable(at string) bool {
-	_, own := f.e.(*testbed.CLI)
+	own := false
+	switch f.e.(type) {
+	case *testbed.CLI, *testbed.LXC:
+		own = true
+	}
 	return !own || !strings.HasSuffix(at, "setup-namespaces") || strings.HasSuffix(at, "post-setup-namespaces")
 }

@@ -43,6 +43,8 @@ type Container struct {
 	Lock string
 	// Argv is the workload as the session sees it.
 	Argv []string
+	// Hooks have the log where an engine removes it.
+	Hooks *Hooks
 
 	log string // host path of the last log
 	ops int
@@ -52,6 +54,34 @@ type Container struct {
 func (c *Container) dir(sub ...string) (host, inside string) {
 	rel := filepath.Join(append([]string{c.ID}, sub...)...)
 	return filepath.Join(c.S.Work, rel), WorkDir + "/" + rel
+}
+
+// workloadArgv is the workload as a container with a root of its own sees it.
+func (c *Container) workloadArgv() []string {
+	return append([]string{"/workload"}, c.Argv[1:]...)
+}
+
+// putWorkload copies the workload's program into a container's root.
+func (c *Container) putWorkload(rootfs string) error {
+	program, err := os.ReadFile(filepath.Join(c.S.Work, strings.TrimPrefix(c.Argv[0], WorkDir)))
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(rootfs, "workload"), program, 0o755)
+}
+
+// quietly runs a command whose daemons live on: they would keep a pipe to us open.
+func (c *Container) quietly(ctx context.Context, argv ...string) (string, error) {
+	host, inside := c.dir()
+	if err := os.MkdirAll(host, 0o755); err != nil {
+		return "", err
+	}
+	_, err := c.S.Run(ctx, append([]string{"sh", "-c", `out=$0; exec "$@" </dev/null >"$out" 2>&1`, inside + "/said"}, argv...)...)
+	said, e := os.ReadFile(filepath.Join(host, "said"))
+	if err != nil {
+		return "", fmt.Errorf("%s: %w", strings.Join(argv, " "), errOutput(errors.Unwrap(err), said))
+	}
+	return strings.TrimSpace(string(said)), e
 }
 
 // newImages makes an empty folder for a dump's images.
@@ -73,6 +103,9 @@ func (c *Container) newWork(op string) (inside string, err error) {
 
 // Log is CRIU's log of the last dump or restore.
 func (c *Container) Log() (string, error) {
+	if c.log == "" && c.Hooks != nil {
+		return c.Hooks.Log(), nil
+	}
 	b, err := os.ReadFile(c.log)
 	return string(b), err
 }
@@ -311,11 +344,7 @@ func (e *Runc) bundle(ctx context.Context) error {
 	if err := os.MkdirAll(rootfs, 0o755); err != nil {
 		return err
 	}
-	program, err := os.ReadFile(filepath.Join(e.S.Work, strings.TrimPrefix(e.Argv[0], WorkDir)))
-	if err != nil {
-		return err
-	}
-	if err := os.WriteFile(filepath.Join(rootfs, "workload"), program, 0o755); err != nil {
+	if err := e.putWorkload(rootfs); err != nil {
 		return err
 	}
 	if _, err := e.S.Run(ctx, "runc", "spec", "--bundle", inside); err != nil {
@@ -337,7 +366,7 @@ func (e *Runc) bundle(ctx context.Context) error {
 		return fmt.Errorf("runc spec made a configuration without process or namespaces")
 	}
 	process["terminal"] = false
-	process["args"] = append([]string{"/workload"}, e.Argv[1:]...)
+	process["args"] = e.workloadArgv()
 	// CRIU makes a temporary folder in the root for its pivot_root.
 	spec["root"] = map[string]any{"path": "rootfs", "readonly": false}
 	linux["cgroupsPath"] = e.S.CgroupParent() + "/" + e.ID

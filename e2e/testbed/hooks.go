@@ -22,15 +22,19 @@ type Hook struct {
 	PIDSet bool
 	// CRIU is the pid in the session of the process that runs the script.
 	CRIU int
+	// Dir is CRIU's work folder, where its log is.
+	Dir string
 }
 
 // Hooks hears of every hook from the relaying script, while CRIU waits.
 type Hooks struct {
+	s      *Session
 	l      *net.UnixListener
 	wg     sync.WaitGroup
 	mu     sync.Mutex
 	handle func(Hook) error
 	seen   []Hook
+	log    string
 }
 
 // ListenHooks begins to listen in the session. Until Handle is called every hook
@@ -42,7 +46,7 @@ func (s *Session) ListenHooks() (*Hooks, error) {
 	if err != nil {
 		return nil, err
 	}
-	h := &Hooks{l: l}
+	h := &Hooks{s: s, l: l}
 	h.wg.Go(func() {
 		for {
 			c, err := l.AcceptUnix()
@@ -65,6 +69,9 @@ func (h *Hooks) serve(c *net.UnixConn) {
 	h.mu.Lock()
 	handle := h.handle
 	h.seen = append(h.seen, hook)
+	if log := h.s.criuLog(hook.Dir); log != "" {
+		h.log = log
+	}
 	h.mu.Unlock()
 	answer := "ok"
 	if handle != nil {
@@ -81,6 +88,9 @@ func (h *Hooks) Handle(f func(Hook) error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.handle, h.seen = f, nil
+	if f != nil {
+		h.log = ""
+	}
 }
 
 // Seen lists the hooks since Handle.
@@ -88,6 +98,28 @@ func (h *Hooks) Seen() []Hook {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return append([]Hook(nil), h.seen...)
+}
+
+// Log is CRIU's log as it stood at the last hook: some engines remove it with the
+// task.
+func (h *Hooks) Log() string {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.log
+}
+
+// criuLog is the log that was written to last in a work folder.
+func (s *Session) criuLog(dir string) string {
+	var newest time.Time
+	var text string
+	for _, name := range []string{"dump.log", "restore.log"} {
+		name = s.Path(filepath.Join(dir, name))
+		if st, err := os.Stat(name); err == nil && st.ModTime().After(newest) {
+			b, _ := os.ReadFile(name)
+			newest, text = st.ModTime(), string(b)
+		}
+	}
+	return text
 }
 
 // Close ends the listening.

@@ -2,6 +2,7 @@ package testbed
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -17,6 +18,11 @@ const (
 	PeerV6, ContainerV6 = "fd00:c21f::1", "fd00:c21f::2"
 	// Bridge is the peer's bridge, Port its port, Eth the container's interface.
 	Bridge, Port, Eth = "br0", "veth0", "eth0"
+	// GatewayV4, GatewayV6 and ContainerMAC are for engines that make the network.
+	GatewayV4, GatewayV6 = "10.200.7.254", "fd00:c21f::254"
+	SubnetV4, SubnetV6   = "10.200.7.0/24", "fd00:c21f::/64"
+	ContainerMAC         = "02:00:00:00:00:02"
+	peerPort             = "peer0"
 )
 
 // Net is a peer: a network namespace with a bridge, to which a container's veth
@@ -24,13 +30,45 @@ const (
 type Net struct {
 	s    *Session
 	name string
+	// host is the path of the namespace with the bridge.
+	host string
 	// Peer is the peer's namespace.
 	Peer *netlock.Namespace
 }
 
+// NewLAN makes a peer in a session apart: the bridge is in the session's own network
+// namespace, the host, and the peer is another machine on it. The bridge has no
+// address: engines that want it for a gateway give it one.
+func (s *Session) NewLAN(ctx context.Context, name string) (_ *Net, err error) {
+	n := &Net{s: s, name: name, host: "/proc/1/ns/net"}
+	if _, err := s.Run(ctx, "ip", "netns", "add", name); err != nil {
+		return nil, err
+	}
+	err = errors.Join(
+		s.batch(ctx, n.host,
+			"link set lo up",
+			"link add "+Bridge+" type bridge forward_delay 0 mcast_snooping 0",
+			"link set "+Bridge+" up",
+			"link add "+peerPort+" type veth peer name "+Eth+" address 02:00:00:00:00:01 netns "+name,
+			"link set "+peerPort+" master "+Bridge+" up"),
+		s.batch(ctx, n.Path(),
+			"link set lo up",
+			"link set "+Eth+" up",
+			"addr add "+PeerV4+"/24 dev "+Eth,
+			"addr add "+PeerV6+"/64 dev "+Eth+" nodad"))
+	if err == nil {
+		n.Peer, err = netlock.FromPath(s.Path(n.Path()))
+	}
+	if err != nil {
+		s.Run(ctx, "ip", "netns", "del", name)
+		return nil, err
+	}
+	return n, nil
+}
+
 // NewNet makes a peer.
 func (s *Session) NewNet(ctx context.Context, name string) (*Net, error) {
-	n := &Net{s: s, name: name}
+	n := &Net{s: s, name: name, host: NetnsPath(name)}
 	if _, err := s.Run(ctx, "ip", "netns", "add", name); err != nil {
 		return nil, err
 	}
@@ -59,8 +97,8 @@ func NetnsPath(name string) string { return "/run/netns/" + name }
 
 // Attach joins the namespace of a pid or a name of the session to the bridge.
 func (n *Net) Attach(ctx context.Context, target, netns string) error {
-	if err := n.s.batch(ctx, n.Path(),
-		"link add "+Port+" type veth peer name "+Eth+" address 02:00:00:00:00:02 netns "+target,
+	if err := n.s.batch(ctx, n.host,
+		"link add "+Port+" type veth peer name "+Eth+" address "+ContainerMAC+" netns "+target,
 		"link set "+Port+" master "+Bridge+" up",
 	); err != nil {
 		return err
@@ -77,9 +115,11 @@ func (n *Net) Attach(ctx context.Context, target, netns string) error {
 // time after its last process.
 func (n *Net) Detached(ctx context.Context) error {
 	return Poll(ctx, func() error {
-		out, err := n.s.RunIn(ctx, n.Path(), "ip", "-o", "link", "show", "type", "veth")
-		if err == nil && strings.TrimSpace(out) != "" {
-			err = fmt.Errorf("still there: %s", strings.TrimSpace(out))
+		out, err := n.s.RunIn(ctx, n.host, "ip", "-o", "link", "show", "type", "veth")
+		for line := range strings.Lines(out) {
+			if err == nil && !strings.Contains(line, ": "+peerPort+"@") {
+				err = fmt.Errorf("still there: %s", strings.TrimSpace(line))
+			}
 		}
 		return err
 	})
@@ -88,7 +128,7 @@ func (n *Net) Detached(ctx context.Context) error {
 // Detach removes the bridge's port, if there is one. Sockets that a dead task left
 // half closed can keep a namespace, and its end of the veth, for minutes.
 func (n *Net) Detach(ctx context.Context) error {
-	n.s.RunIn(ctx, n.Path(), "ip", "link", "del", Port)
+	n.s.RunIn(ctx, n.host, "ip", "link", "del", Port)
 	return n.Detached(ctx)
 }
 

@@ -25,6 +25,9 @@ type Session struct {
 	init *exec.Cmd
 	stop io.Closer // its closing ends the session's pid 1
 	log  bytes.Buffer
+	// apart: it has a network and a cgroup namespace too.
+	apart   bool
+	daemons []*daemon
 	// Work is a folder of the machine that the session sees as WorkDir.
 	Work string
 }
@@ -43,11 +46,32 @@ const (
 // in the work folder. /run/netns is made the way ip netns would. It ends with its standard input, and reaps what is orphaned.
 const enterScript = `
 set -e
-root=$1 work=$2
+root=$1 work=$2 apart=$3; shift 3
 mount --make-rprivate /
 mount --bind "$root" "$root"
 mount -t proc proc "$root/proc"
-mount --rbind /sys "$root/sys"
+if [ -z "$apart" ]; then
+	mount --rbind /sys "$root/sys"
+else
+	# A sysfs shows the interfaces of the network namespace that it was mounted in, a
+	# cgroup file system what is below the root of the cgroup namespace.
+	mounts=$(cat /proc/mounts)
+	mount -t sysfs sysfs "$root/sys"
+	case $mounts in *" cgroup rw,"*) mount -t tmpfs -o mode=755 cgroup "$root/sys/fs/cgroup" ;; esac
+	while read -r _ at type options _; do
+		case $type in
+		cgroup)
+			options=$(echo "$options" | tr , '\n' | grep -Ev '^(r[ow]|nosuid|nodev|noexec|relatime)$' | paste -sd,)
+			mkdir "$root$at"
+			mount -t cgroup -o "$options" cgroup "$root$at" ;;
+		cgroup2)
+			# Beside those of version 1 it is left out: with both LXC 7.0 frees twice and dies.
+			[ "$at" != /sys/fs/cgroup ] || mount -t cgroup2 cgroup2 "$root$at" ;;
+		esac
+	done <<-MOUNTS
+	$mounts
+	MOUNTS
+fi
 mount --rbind /dev "$root/dev"
 mount -t tmpfs -o mode=755 tmpfs "$root/run"
 mount -t tmpfs tmpfs "$root/tmp"
@@ -56,6 +80,10 @@ mount --bind "$root/run/netns" "$root/run/netns"
 mount --make-shared "$root/run/netns"
 mount --bind "$work" "$root/run/e2e"
 mount --bind "$work/criu" "$root/etc/criu"
+for d; do
+	mkdir -p "$work/state/$d"
+	mount --bind "$work/state/$d" "$root/$d"
+done
 mount -o remount,bind,ro "$root"
 cd "$root"
 pivot_root . .
@@ -66,11 +94,28 @@ exec 3<&0 </dev/null >/dev/null
 cat <&3 & wait $!
 `
 
+// apartScript comes first in a session apart: a cgroup namespace begins where the
+// process is that makes it.
+const apartScript = `
+set -e
+enter=$1; shift
+for c in /sys/fs/cgroup/"$3" /sys/fs/cgroup/*/"$3"; do
+	[ ! -d "$c" ] || echo 0 >"$c/cgroup.procs"
+done
+exec unshare --cgroup /bin/sh -c "$enter" enter "$@"
+`
+
 // path is what programs inside are looked up in.
 const path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 // Enter opens a session. ctx bounds the entering only.
-func (r *Root) Enter(ctx context.Context) (*Session, error) {
+func (r *Root) Enter(ctx context.Context) (*Session, error) { return r.enter(ctx, false) }
+
+// EnterApart opens a session with a network namespace and a cgroup namespace of its
+// own: what an engine's daemons do to bridges, rules and cgroups stays in there.
+func (r *Root) EnterApart(ctx context.Context) (*Session, error) { return r.enter(ctx, true) }
+
+func (r *Root) enter(ctx context.Context, apart bool) (*Session, error) {
 	work, err := os.MkdirTemp("", "criu-netlock-e2e-")
 	if err != nil {
 		return nil, err
@@ -89,13 +134,24 @@ func (r *Root) Enter(ctx context.Context) (*Session, error) {
 	if err := unix.CloseRange(3, ^uint(0), unix.CLOSE_RANGE_CLOEXEC); err != nil {
 		return fail(fmt.Errorf("close_range: %w", err))
 	}
-	s := &Session{Work: work}
-	s.init = exec.Command("/bin/sh", "-c", enterScript, "enter", r.dir, work)
+	s := &Session{Work: work, apart: apart}
+	argv := append([]string{"-c", enterScript, "enter", r.dir, work, ""}, r.writable...)
+	if apart {
+		name := s.CgroupParent()[1:]
+		argv = append([]string{"-c", apartScript, "apart", enterScript, r.dir, work, name}, r.writable...)
+		if err := makeCgroups(name); err != nil {
+			return fail(errors.Join(err, s.removeCgroups()))
+		}
+	}
+	s.init = exec.Command("/bin/sh", argv...)
 	s.init.Env = environ()
 	s.init.Stderr = &s.log
 	s.init.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags: syscall.CLONE_NEWNS | syscall.CLONE_NEWPID,
 		Setpgid:    true, // an interrupt typed at the tests is theirs to handle
+	}
+	if apart {
+		s.init.SysProcAttr.Cloneflags |= syscall.CLONE_NEWNET
 	}
 	in, err := s.init.StdinPipe()
 	if err != nil {
@@ -118,6 +174,35 @@ func (r *Root) Enter(ctx context.Context) (*Session, error) {
 	return s, nil
 }
 
+// makeCgroups makes a cgroup in every hierarchy. One of cpuset takes no task
+// before it has CPUs and memory, which its children inherit in their turn.
+func makeCgroups(name string) error {
+	tops, _ := filepath.Glob("/sys/fs/cgroup/*/cgroup.procs")
+	if len(tops) == 0 {
+		tops = []string{"/sys/fs/cgroup/cgroup.procs"}
+	}
+	for _, top := range tops {
+		top = filepath.Dir(top)
+		dir := filepath.Join(top, name)
+		if err := os.Mkdir(dir, 0o755); err != nil {
+			return err
+		}
+		for _, f := range []string{"cpuset.cpus", "cpuset.mems"} {
+			b, err := os.ReadFile(filepath.Join(top, f))
+			if err != nil {
+				continue // not this hierarchy
+			}
+			if err := os.WriteFile(filepath.Join(dir, f), b, 0); err != nil {
+				return err
+			}
+			if err := os.WriteFile(filepath.Join(dir, "cgroup.clone_children"), []byte("1"), 0); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
 // ownMounts gives cmd a mount namespace, and a pid namespace so that nothing it
 // started outlives it.
 func ownMounts(cmd *exec.Cmd) {
@@ -131,7 +216,8 @@ func environ(more ...string) []string {
 	return append([]string{"PATH=" + path, "HOME=/root", "LC_ALL=C"}, more...)
 }
 
-// Command is a command inside the session, in the machine's network namespace.
+// Command is a command inside the session, in the session's network namespace or,
+// where it has none, in the machine's.
 // When ctx ends it is killed, with the process group it leads.
 func (s *Session) Command(ctx context.Context, argv ...string) *exec.Cmd {
 	return s.command(ctx, "", argv)
@@ -144,11 +230,25 @@ func (s *Session) CommandIn(ctx context.Context, netns string, argv ...string) *
 
 func (s *Session) command(ctx context.Context, netns string, argv []string) *exec.Cmd {
 	args := []string{"--target", strconv.Itoa(s.init.Process.Pid), "--mount", "--pid"}
-	if netns != "" {
+	switch {
+	case netns != "":
 		args = append(args, "--net="+s.Path(netns))
+	case s.apart:
+		args = append(args, "--net")
 	}
-	cmd := exec.CommandContext(ctx, "nsenter", append(append(args, "--"), argv...)...)
-	cmd.Env = environ()
+	if s.apart {
+		args = append(args, "--cgroup")
+	}
+	args = append(append(args, "--"), argv...)
+	name := "nsenter"
+	if s.apart {
+		// nsenter enters the namespace of the cgroups, not the cgroups.
+		script := `for c in /sys/fs/cgroup$0 /sys/fs/cgroup/*$0; do [ ! -d "$c" ] || echo $$ >"$c/cgroup.procs"; done; exec nsenter "$@"`
+		name, args = "/bin/sh", append([]string{"-c", script, s.CgroupParent()}, args...)
+	}
+	cmd := exec.CommandContext(ctx, name, args...)
+	// Podman has a warning for each command about cgroups of version 1.
+	cmd.Env = environ("PODMAN_IGNORE_CGROUPSV1_WARNING=1")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	cmd.WaitDelay = 5 * time.Second
@@ -171,6 +271,49 @@ func output(cmd *exec.Cmd, argv []string) (string, error) {
 		return string(out), fmt.Errorf("%s: %w", strings.Join(argv, " "), errOutput(err, out))
 	}
 	return string(out), nil
+}
+
+// daemon is a program that was started and goes on until the session ends.
+type daemon struct {
+	cmd  *exec.Cmd
+	done chan struct{}
+	err  error
+}
+
+// Daemon starts a program that runs until Close, with its words in a file of the
+// session's Work, and waits until it is ready.
+func (s *Session) Daemon(ctx context.Context, ready func() error, argv ...string) error {
+	name := filepath.Join(s.Work, filepath.Base(argv[0])+".log")
+	log, err := os.Create(name)
+	if err != nil {
+		return err
+	}
+	defer log.Close()
+	cmd := s.Command(context.Background(), argv...)
+	cmd.Stdout, cmd.Stderr = log, log
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	d := &daemon{cmd: cmd, done: make(chan struct{})}
+	s.daemons = append(s.daemons, d)
+	go func() {
+		d.err = cmd.Wait()
+		close(d.done)
+	}()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() {
+		select {
+		case <-d.done: // it will never be ready
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	if err := Poll(ctx, ready); err != nil {
+		said, _ := os.ReadFile(name)
+		return fmt.Errorf("%s is not ready: %w", argv[0], errOutput(err, said))
+	}
+	return nil
 }
 
 // Path is where the machine sees a file of the session.
@@ -238,6 +381,9 @@ func (s *Session) Close() error {
 	case <-time.After(10 * time.Second):
 		s.init.Process.Kill()
 		err = <-done
+	}
+	for _, d := range s.daemons {
+		<-d.done // killed with the session's pid 1
 	}
 	if err != nil {
 		err = fmt.Errorf("leave the testbed: %w", errOutput(err, s.log.Bytes()))

@@ -24,14 +24,28 @@ const EnvDir = "CRIU_NETLOCK_TESTBED"
 
 // Recipe is what a root is made from. A change of any part makes another root.
 type Recipe struct {
+	// Name tells the roots apart that are not the default one.
+	Name string `json:",omitempty"`
 	// Suite is Debian's name of the release.
 	Suite string
 	// Script is the debootstrap script to use: older debootstraps do not know
 	// newer releases, but those are all made the way sid is.
 	Script   string
 	Packages []string
+	// Older are packages that come, with what they need, from an older release.
+	Older *Older `json:",omitempty"`
+	// Files are put into the root, by path.
+	Files map[string]string `json:",omitempty"`
+	// Writable are folders that a session can write to; each has its own.
+	Writable []string `json:",omitempty"`
 	// Checks are commands that must succeed inside for the root to be whole.
 	Checks [][]string
+}
+
+// Older names packages of an older release.
+type Older struct {
+	Suite    string
+	Packages []string
 }
 
 // Default is the root that the tests run in: CRIU 4.2 or newer, because 4.1.1
@@ -52,6 +66,54 @@ func Default() Recipe {
 	}
 }
 
+// Engines is the root of the tests with LXC, podman and Docker. It is apart from the
+// default one because it takes twice as long to make and four times the room, which
+// the demo need not wait for.
+func Engines() Recipe {
+	r := Default()
+	r.Name = "engines"
+	r.Packages = append(r.Packages, "ca-certificates", "lxc", "podman", "netavark")
+	// Docker 28 cannot restore: its daemon fails before CRIU runs. Trixie's 26 can.
+	r.Older = &Older{"trixie", []string{"docker.io", "docker-cli", "containerd", "tini"}}
+	r.Files = map[string]string{
+		// Of the hierarchies of cgroup v1 LXC needs one, to freeze by.
+		"etc/lxc/lxc.conf": "lxc.cgroup.use = freezer\n",
+		// crun, the default, takes no machine that has both versions of cgroups mounted. Images
+		// and networks are made by the tests, and none is fetched.
+		"etc/containers/containers.conf": `[containers]
+log_driver = "none"
+[engine]
+runtime = "runc"
+cgroup_manager = "cgroupfs"
+events_logger = "none"
+[network]
+network_config_dir = "/var/lib/containers/networks"
+`,
+		"etc/containers/policy.json":     `{"default": [{"type": "insecureAcceptAnything"}]}` + "\n",
+		"etc/containers/registries.conf": "unqualified-search-registries = []\n",
+		"etc/containerd/config.toml":     "version = 2\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n",
+		"etc/docker/daemon.json": `{
+	"experimental": true,
+	"exec-opts": ["native.cgroupdriver=cgroupfs"],
+	"storage-driver": "overlay2",
+	"bridge": "none",
+	"userland-proxy": false,
+	"log-driver": "none"
+}
+`,
+	}
+	r.Writable = []string{"var/lib/containerd", "var/lib/containers", "var/lib/docker", "var/lib/lxc", "var/tmp"}
+	r.Checks = append(r.Checks,
+		[]string{"lxc-checkpoint", "--version"},
+		[]string{"podman", "--version"},
+		[]string{"/usr/lib/podman/netavark", "--version"},
+		[]string{"dockerd", "--version"},
+		[]string{"docker", "--version"},
+		[]string{"containerd", "--version"},
+	)
+	return r
+}
+
 // format is raised when the way a root is made changes.
 const format = 1
 
@@ -69,14 +131,21 @@ func (r Recipe) hash() string {
 
 // Dir is where the recipe's root is or will be.
 func (r Recipe) Dir() string {
-	if d := os.Getenv(EnvDir); d != "" {
-		return d
+	name := ""
+	if r.Name != "" {
+		name = "-" + r.Name
 	}
-	return "/var/cache/criu-netlock/testbed-" + r.hash()
+	if d := os.Getenv(EnvDir); d != "" {
+		return d + name
+	}
+	return "/var/cache/criu-netlock/testbed" + name + "-" + r.hash()
 }
 
 // Root is a root that is whole.
-type Root struct{ dir string }
+type Root struct {
+	dir      string
+	writable []string
+}
 
 // stamp is the last file written into a root.
 const stamp = "etc/criu-netlock-testbed"
@@ -106,19 +175,19 @@ func (r Recipe) Ensure(ctx context.Context, progress func(string)) (*Root, error
 
 	why := r.check(ctx, dir)
 	if why == nil {
-		return &Root{dir}, nil
+		return &Root{dir, r.Writable}, nil
 	}
 	if err := r.ours(dir); err != nil {
 		return nil, err
 	}
-	progress(fmt.Sprintf("testbed: %v; building %s (about a minute)", why, dir))
+	progress(fmt.Sprintf("testbed: %v; building %s (a minute or two)", why, dir))
 	if err := r.build(ctx, dir); err != nil {
 		return nil, fmt.Errorf("testbed %s: %w", dir, err)
 	}
 	if err := r.check(ctx, dir); err != nil {
 		return nil, fmt.Errorf("testbed %s: built, but %w", dir, err)
 	}
-	return &Root{dir}, nil
+	return &Root{dir, r.Writable}, nil
 }
 
 // ours refuses to replace what was not made here: the folder is the user's choice.
@@ -149,7 +218,7 @@ func (r Recipe) check(ctx context.Context, dir string) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
-	s, err := (&Root{dir}).Enter(ctx)
+	s, err := (&Root{dir, r.Writable}).Enter(ctx)
 	if err != nil {
 		return err
 	}
@@ -187,17 +256,25 @@ func (r Recipe) build(ctx context.Context, dir string) (err error) {
 		log, _ := os.ReadFile(filepath.Join(tmp, "debootstrap/debootstrap.log"))
 		return fmt.Errorf("debootstrap: %w", errOutput(err, append(out, log...)))
 	}
-	for name, text := range map[string]string{
+	if err := writeFiles(tmp, map[string]string{
 		// A mirror that is behind has release files past their date.
 		"etc/apt/apt.conf.d/90testbed": "Acquire::Check-Valid-Until \"false\";\nAPT::Install-Recommends \"false\";\n",
 		"etc/hostname":                 "testbed\n",
-	} {
-		if err := os.WriteFile(filepath.Join(tmp, name), []byte(text), 0o644); err != nil {
+	}); err != nil {
+		return err
+	}
+	if r.Older != nil {
+		if err := r.Older.install(ctx, tmp, mirror); err != nil {
 			return err
 		}
 	}
-	if err := os.MkdirAll(filepath.Join(tmp, "etc/criu"), 0o755); err != nil {
+	if err := writeFiles(tmp, r.Files); err != nil {
 		return err
+	}
+	for _, d := range append([]string{"etc/criu"}, r.Writable...) {
+		if err := os.MkdirAll(filepath.Join(tmp, d), 0o755); err != nil {
+			return err
+		}
 	}
 	if debs, err := filepath.Glob(filepath.Join(tmp, "var/cache/apt/archives/*.deb")); err == nil {
 		for _, d := range debs {
@@ -215,6 +292,53 @@ func (r Recipe) build(ctx context.Context, dir string) (err error) {
 		defer os.RemoveAll(old)
 	}
 	return os.Rename(tmp, dir)
+}
+
+// install installs the packages in the root: what the older release alone has is
+// taken from there, and nothing else is.
+func (o *Older) install(ctx context.Context, root, mirror string) error {
+	files := map[string]string{
+		"etc/apt/sources.list.d/older.list": "deb " + mirror + " " + o.Suite + " main\n",
+		"etc/apt/preferences.d/older":       "Package: *\nPin: release n=" + o.Suite + "\nPin-Priority: 100\n",
+		// No service is started while packages are installed.
+		"usr/sbin/policy-rc.d": "#!/bin/sh\nexit 101\n",
+	}
+	if err := writeFiles(root, files); err != nil {
+		return err
+	}
+	if err := os.Chmod(filepath.Join(root, "usr/sbin/policy-rc.d"), 0o755); err != nil {
+		return err
+	}
+	script := `set -e; root=$1 suite=$2; shift 2
+mount -t proc proc "$root/proc"
+chroot "$root" apt-get update -q
+chroot "$root" apt-get install -y -q -t "$suite" "$@"`
+	cmd := exec.CommandContext(ctx, "/bin/sh", append([]string{"-c", script, "sh", root, o.Suite}, o.Packages...)...)
+	cmd.Env = append(os.Environ(), "DEBIAN_FRONTEND=noninteractive", "LC_ALL=C")
+	ownMounts(cmd)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("install packages of %s: %w", o.Suite, errOutput(err, out))
+	}
+	for name := range files {
+		if err := os.Remove(filepath.Join(root, name)); err != nil {
+			return err
+		}
+	}
+	return os.RemoveAll(filepath.Join(root, "var/lib/apt/lists"))
+}
+
+// writeFiles writes files by their path below a folder.
+func writeFiles(dir string, files map[string]string) error {
+	for name, text := range files {
+		name = filepath.Join(dir, name)
+		if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
+			return err
+		}
+		if err := os.WriteFile(name, []byte(text), 0o644); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // lockFile takes an flock(2), for as long as ctx allows.

@@ -30,9 +30,33 @@ func main() {
 		}
 		return
 	}
+	if len(os.Args) > 1 {
+		if err := other(os.Args[1:]); err != nil {
+			log.Fatal(err)
+		}
+		return
+	}
 	if err := serve(); err != nil {
 		log.Fatal(err)
 	}
+}
+
+// other is what the workload's companions in a pod do: "pause" nothing, which keeps
+// the pod's namespaces; "stream PORT" serves numbered streams at that port.
+func other(args []string) error {
+	switch {
+	case len(args) == 1 && args[0] == "pause":
+		for {
+			time.Sleep(time.Hour)
+		}
+	case len(args) == 2 && args[0] == "stream":
+		port, err := strconv.Atoi(args[1])
+		if err != nil {
+			return err
+		}
+		return listen(map[int]func(*net.TCPConn){port: stream})
+	}
+	return fmt.Errorf("unknown arguments %q", args)
 }
 
 // relay asks the test, at the socket beside this program, what to answer CRIU.
@@ -43,8 +67,12 @@ func relay() error {
 	}
 	defer c.Close()
 	c.SetDeadline(time.Now().Add(30 * time.Second))
+	dir, err := os.Getwd()
+	if err != nil {
+		return err
+	}
 	pid, pidSet := os.LookupEnv("CRTOOLS_INIT_PID")
-	if err := json.NewEncoder(c).Encode(testbed.Hook{Action: os.Getenv("CRTOOLS_SCRIPT_ACTION"), PID: pid, PIDSet: pidSet, CRIU: os.Getppid()}); err != nil {
+	if err := json.NewEncoder(c).Encode(testbed.Hook{Action: os.Getenv("CRTOOLS_SCRIPT_ACTION"), PID: pid, PIDSet: pidSet, Dir: dir, CRIU: os.Getppid()}); err != nil {
 		return err
 	}
 	answer, err := bufio.NewReader(c).ReadString('\n')
@@ -59,17 +87,24 @@ func relay() error {
 
 func serve() error {
 	var states traffic.Commander
-	errs := make(chan error)
-	for port, handle := range map[int]func(*net.TCPConn){
-		traffic.StreamPort: func(c *net.TCPConn) {
-			if err := traffic.Serve(c); err != nil {
-				log.Print(err)
-			}
-		},
+	return listen(map[int]func(*net.TCPConn){
+		traffic.StreamPort:  stream,
 		traffic.StatesPort:  states.Add,
 		traffic.MutedPort:   states.Add,
 		traffic.ControlPort: func(c *net.TCPConn) { states.Control(c) },
-	} {
+	})
+}
+
+func stream(c *net.TCPConn) {
+	if err := traffic.Serve(c); err != nil {
+		log.Print(err)
+	}
+}
+
+// listen accepts connections at ports until that fails.
+func listen(handlers map[int]func(*net.TCPConn)) error {
+	errs := make(chan error)
+	for port, handle := range handlers {
 		// A listener for each family: IPv4 as such, and not mapped into IPv6.
 		for _, family := range []string{"tcp4", "tcp6"} {
 			// Go's listeners are MPTCP by default, which CRIU cannot dump.
