@@ -1,0 +1,94 @@
+package e2e
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/criu-netlock/criu-netlock/e2e/testbed"
+)
+
+// engines are those that have a root and a session of their own.
+var engines = []struct {
+	name  string
+	setup string // the engine's name for Setup
+	// renewed: a checkpoint that stops the container ends its namespace, a restore
+	// makes a new one, of which nothing is in the image.
+	renewed bool
+	start   func(context.Context, *testbed.Session) error
+	make    func(testbed.Container) testbed.Engine
+}{
+	{name: "lxc", setup: "lxc", make: func(c testbed.Container) testbed.Engine {
+		c.Scripts = []string{oursPath} // LXC's own option for it
+		return &testbed.LXC{Container: c}
+	}},
+	{name: "podman", setup: "podman", renewed: true, make: func(c testbed.Container) testbed.Engine {
+		return &testbed.Podman{Container: c}
+	}},
+	{name: "podman pod", setup: "podman", make: func(c testbed.Container) testbed.Engine {
+		return &testbed.Podman{Container: c, Pod: true, Sibling: []string{"stream", "7001"}}
+	}},
+	{name: "docker", setup: "docker", renewed: true,
+		start: func(ctx context.Context, s *testbed.Session) error { return s.StartDocker(ctx) },
+		make:  func(c testbed.Container) testbed.Engine { return &testbed.Docker{Container: c} }},
+}
+
+// openEngine opens a session for one engine, with a bridge and a peer.
+func openEngine(t *testing.T, setup string, start func(context.Context, *testbed.Session) error) (*lab, *testbed.Net) {
+	t.Helper()
+	need(t)
+	host := machine()
+	l, err := newLab(testbed.Engines(), (*testbed.Root).EnterApart, func(s string) { t.Log(s) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := l.close(host); err != nil {
+			t.Error(err)
+		}
+	})
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	n, err := l.NewLAN(ctx, "peer")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { n.Peer.Close() }) // the rest goes with the session
+	if start != nil {
+		err = start(ctx, l.Session)
+	}
+	if err := errors.Join(err, l.Setup(ctx, setup), l.Relay(setup, relayPath), l.rest()); err != nil {
+		t.Fatal(err)
+	}
+	return l, n
+}
+
+// TestEngines is TestCheckpoint with the engines that people use: nothing of theirs
+// is replaced, neither their networks nor their calls of CRIU.
+func TestEngines(t *testing.T) {
+	for _, engine := range engines {
+		t.Run(engine.name, func(t *testing.T) {
+			l, n := openEngine(t, engine.setup, engine.start)
+			for _, c := range cases {
+				if c.engine != "" {
+					continue
+				}
+				t.Run(c.name, func(t *testing.T) {
+					ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+					t.Cleanup(cancel)
+					f := &fixture{t: t, ctx: ctx, l: l, net: n, skip: true}
+					_, id, _ := strings.Cut(t.Name(), "/")
+					f.e = engine.make(testbed.Container{S: l.Session, Net: n, Hooks: l.hooks, Argv: []string{workloadPath},
+						ID: strings.Trim(idBad.ReplaceAllString(strings.ToLower(id), "-"), "-")})
+					f.start(func(context.Context) error { return nil })
+					r := &run{fixture: f, renewed: engine.renewed}
+					r.begin()
+					c.run(r)
+					r.finish()
+				})
+			}
+		})
+	}
+}
