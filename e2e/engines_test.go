@@ -3,11 +3,13 @@ package e2e
 import (
 	"context"
 	"errors"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/criu-netlock/criu-netlock/e2e/testbed"
+	"github.com/criu-netlock/criu-netlock/e2e/traffic"
 )
 
 // engines are those that have a root and a session of their own.
@@ -17,6 +19,9 @@ var engines = []struct {
 	// renewed: a checkpoint that stops the container ends its namespace, a restore
 	// makes a new one, of which nothing is in the image.
 	renewed bool
+	// sibling: another container of the namespace, which is not checkpointed, has a
+	// stream of its own.
+	sibling bool
 	start   func(context.Context, *testbed.Session) error
 	make    func(testbed.Container) testbed.Engine
 }{
@@ -27,13 +32,19 @@ var engines = []struct {
 	{name: "podman", setup: "podman", renewed: true, make: func(c testbed.Container) testbed.Engine {
 		return &testbed.Podman{Container: c}
 	}},
-	{name: "podman pod", setup: "podman", make: func(c testbed.Container) testbed.Engine {
-		return &testbed.Podman{Container: c, Pod: true, Sibling: []string{"stream", "7001"}}
+	{name: "podman pod", setup: "podman", sibling: true, make: func(c testbed.Container) testbed.Engine {
+		return &testbed.Podman{Container: c, Pod: true, Sibling: []string{"stream", strconv.Itoa(siblingPort)}}
 	}},
 	{name: "docker", setup: "docker", renewed: true,
 		start: func(ctx context.Context, s *testbed.Session) error { return s.StartDocker(ctx) },
 		make:  func(c testbed.Container) testbed.Engine { return &testbed.Docker{Container: c} }},
+	{name: "docker in another's namespace", setup: "docker",
+		start: func(ctx context.Context, s *testbed.Session) error { return s.StartDocker(ctx) },
+		make:  func(c testbed.Container) testbed.Engine { return &testbed.Docker{Container: c, Keep: true} }},
 }
+
+// siblingPort is where the sibling in a pod has its streams.
+const siblingPort = 7001
 
 // openEngine opens a session for one engine, with a bridge and a peer.
 func openEngine(t *testing.T, setup string, start func(context.Context, *testbed.Session) error) (*lab, *testbed.Net) {
@@ -85,6 +96,11 @@ func TestEngines(t *testing.T) {
 					f.start(func(context.Context) error { return nil })
 					r := &run{fixture: f, renewed: engine.renewed}
 					r.begin()
+					if engine.sibling {
+						// It waits while the other is away, and loses nothing.
+						r.streams["sibling"] = traffic.Start(r.dial("tcp4", siblingPort))
+						r.flows("before, with the sibling")
+					}
 					c.run(r)
 					r.finish()
 				})

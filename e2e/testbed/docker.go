@@ -15,8 +15,12 @@ const dockerImage, dockerNet = "workload", "testbed"
 // network namespace, and a restore makes a new one, with the same addresses.
 type Docker struct {
 	Container
+	// Keep puts it into the network namespace of another container, which is there all
+	// the time.
+	Keep        bool
 	started     bool
 	pid         int
+	keeper      int    // the pid of the container that keeps the namespace
 	last        string // the last checkpoint's name
 	checkpoints int
 }
@@ -44,21 +48,24 @@ func (e *Docker) PID() int { return e.pid }
 
 // Netns is the container's.
 func (e *Docker) Netns() string {
-	if e.pid == 0 {
+	switch {
+	case e.keeper != 0:
+		return fmt.Sprintf("/proc/%d/ns/net", e.keeper)
+	case e.pid == 0:
 		return ""
 	}
 	return fmt.Sprintf("/proc/%d/ns/net", e.pid)
 }
 
-func (e *Docker) running(ctx context.Context) error {
-	out, err := e.docker(ctx, "inspect", "--format", "{{.State.Pid}}", e.ID)
+func (e *Docker) pidOf(ctx context.Context, name string) (pid int, err error) {
+	out, err := e.docker(ctx, "inspect", "--format", "{{.State.Pid}}", name)
 	if err == nil {
-		e.pid, err = strconv.Atoi(out)
+		pid, err = strconv.Atoi(out)
 	}
-	if err == nil && e.pid == 0 {
-		err = errors.New("docker: the container does not run")
+	if err == nil && pid == 0 {
+		err = fmt.Errorf("docker: %s does not run", name)
 	}
-	return err
+	return pid, err
 }
 
 // Start runs the container, on a network of Docker's.
@@ -73,11 +80,24 @@ func (e *Docker) Start(ctx context.Context) error {
 		}
 	}
 	e.started = true
-	if _, err := e.docker(ctx, append([]string{"run", "--detach", "--name", e.ID, "--security-opt", "seccomp=unconfined",
-		"--network", dockerNet, "--ip", ContainerV4, "--ip6", ContainerV6, "--mac-address", ContainerMAC, dockerImage}, e.workloadArgv()...)...); err != nil {
-		return err
+	network := []string{"--network", dockerNet, "--ip", ContainerV4, "--ip6", ContainerV6, "--mac-address", ContainerMAC}
+	run := func(name string, argv ...string) (pid int, err error) {
+		// Under seccomp CRIU would need more privileges than this machine may give.
+		args := append([]string{"run", "--detach", "--name", name, "--security-opt", "seccomp=unconfined"}, network...)
+		if _, err := e.docker(ctx, append(append(args, dockerImage), argv...)...); err != nil {
+			return 0, err
+		}
+		return e.pidOf(ctx, name)
 	}
-	return e.running(ctx)
+	var err error
+	if e.Keep {
+		if e.keeper, err = run(e.ID+"-net", "/workload", "pause"); err != nil {
+			return err
+		}
+		network = []string{"--network", "container:" + e.ID + "-net"}
+	}
+	e.pid, err = run(e.ID, e.workloadArgv()...)
+	return err
 }
 
 // Dump is docker checkpoint create.
@@ -105,7 +125,9 @@ func (e *Docker) Restore(ctx context.Context) error {
 	if _, err := e.docker(ctx, "start", "--checkpoint", e.last, e.ID); err != nil {
 		return e.withLog(err)
 	}
-	return e.running(ctx)
+	pid, err := e.pidOf(ctx, e.ID)
+	e.pid = pid
+	return err
 }
 
 // Destroy removes the container.
@@ -113,8 +135,12 @@ func (e *Docker) Destroy(ctx context.Context) error {
 	if !e.started {
 		return nil
 	}
-	e.started, e.pid = false, 0
-	_, err := e.docker(ctx, "rm", "--force", e.ID)
+	args := []string{"rm", "--force", e.ID}
+	if e.keeper != 0 {
+		args = append(args, e.ID+"-net")
+	}
+	e.started, e.pid, e.keeper = false, 0, 0
+	_, err := e.docker(ctx, args...)
 	host, _ := e.dir()
 	return errors.Join(err, os.RemoveAll(host))
 }
