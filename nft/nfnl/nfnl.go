@@ -37,13 +37,36 @@ type Conn struct {
 	Slow bool
 }
 
-// Dial opens a socket in the calling thread's network namespace.
+// Dial opens a socket in the calling thread's network namespace. Whatever is done
+// with the Conn later is to be done there too, for it may have to dial again.
 func Dial() (*Conn, error) {
-	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_NETFILTER)
+	fd, err := dial()
 	if err != nil {
-		return nil, fmt.Errorf("socket: %w", err)
+		return nil, err
 	}
 	return &Conn{fd: fd, buf: make([]byte, 16<<10)}, nil
+}
+
+// rcvBuf is a limit, not a reserve. The usual net.core.rmem_default has room for the
+// kernel's answers to some 250 messages.
+const rcvBuf = 2 << 20
+
+func dial() (int, error) {
+	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_NETFILTER)
+	if err != nil {
+		return -1, fmt.Errorf("socket: %w", err)
+	}
+	// A socket that is connected to the kernel gets nothing from anybody else. Without
+	// that, whoever has CAP_NET_ADMIN in the namespace can fill its queue.
+	if err := unix.Connect(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+		unix.Close(fd)
+		return -1, fmt.Errorf("connect: %w", err)
+	}
+	// Best effort: what is lost is asked for again.
+	if unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, rcvBuf) != nil {
+		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, rcvBuf)
+	}
+	return fd, nil
 }
 
 // Close closes the socket; see Slow.
@@ -83,20 +106,77 @@ const (
 )
 
 // Ask puts all requests in one message and collects the answers. The error is
-// about the socket; what the kernel says of a request is in its Answer.
+// about the socket; what the kernel says of a request is in its Answer. Answers that
+// were lost, or that changed while they were given, are asked for again until the
+// context ends.
 func (c *Conn) Ask(ctx context.Context, reqs ...Request) ([]Answer, error) {
-	for {
-		out, again, err := c.ask(ctx, reqs)
-		if err != nil || !again {
+	for try := 0; ; try++ {
+		out, err := c.ask(ctx, reqs)
+		if err == nil || !passing(err) {
 			return out, err
 		}
-		if e := ctx.Err(); e != nil {
-			return nil, fmt.Errorf("%w: %w", ErrInterrupted, e)
+		if e := c.renew(ctx, try); e != nil {
+			return nil, fmt.Errorf("%w: %w", err, e)
 		}
 	}
 }
 
-func (c *Conn) ask(ctx context.Context, reqs []Request) (out []Answer, again bool, err error) {
+// passing: asked again, the kernel may answer. ENOBUFS says that something did not
+// fit into the socket's queue, EBUSY that an earlier dump was not read to its end.
+func passing(err error) bool {
+	return errors.Is(err, ErrInterrupted) || errors.Is(err, unix.ENOBUFS) || errors.Is(err, unix.EBUSY)
+}
+
+// renew makes the socket fit for another try: what is left in its queue is read
+// away, and an unfinished dump with it, or another socket takes its place.
+func (c *Conn) renew(ctx context.Context, try int) error {
+	if try >= 3 {
+		// It is not going to be quick: let others work.
+		t := time.NewTimer(time.Millisecond)
+		defer t.Stop()
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+		}
+	}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if err := c.drain(ctx); err == nil && try%4 != 3 {
+		return nil
+	}
+	fd, err := dial()
+	if err != nil {
+		return err
+	}
+	old := c.fd
+	c.fd = fd
+	if c.Slow {
+		go unix.Close(old)
+		c.Slow = false
+	} else {
+		unix.Close(old)
+	}
+	return ctx.Err()
+}
+
+// drain reads away what is there.
+func (c *Conn) drain(ctx context.Context) error {
+	for lost := 0; ; {
+		switch err := c.receive(ctx, false, func(header, []byte) {}); {
+		case err == nil:
+		case errors.Is(err, unix.EAGAIN):
+			return nil
+		case errors.Is(err, unix.ENOBUFS) && lost < 3: // the kernel says so once, and goes on
+			lost++
+		default:
+			return err
+		}
+	}
+}
+
+func (c *Conn) ask(ctx context.Context, reqs []Request) (out []Answer, err error) {
+	again := false
 	first := c.seq + 1
 	b := make([]byte, 0, 256)
 	for _, r := range reqs {
@@ -109,7 +189,7 @@ func (c *Conn) ask(ctx context.Context, reqs []Request) (out []Answer, again boo
 			[]byte{r.Family, unix.NFNETLINK_V0, 0, 0}, r.Attrs)
 	}
 	if err := c.send(ctx, b); err != nil {
-		return nil, false, err
+		return nil, err
 	}
 	out = make([]Answer, len(reqs))
 	open := len(reqs)
@@ -142,10 +222,18 @@ func (c *Conn) ask(ctx context.Context, reqs []Request) (out []Answer, again boo
 			}
 		})
 		if err != nil {
-			return nil, false, err
+			return nil, err
 		}
 	}
-	return out, again, nil
+	if again {
+		return nil, ErrInterrupted
+	}
+	for _, a := range out {
+		if a.Errno != 0 && passing(a.Errno) {
+			return nil, fmt.Errorf("answer: %w", a.Errno)
+		}
+	}
+	return out, nil
 }
 
 // BatchError is the kernel's refusal of one message of a batch, and so of all.
@@ -212,9 +300,9 @@ func (c *Conn) Batch(ctx context.Context, msgs []netlink.Message) error {
 		return err
 	}
 	var refusal *BatchError
-	done := false
+	done, lost := false, false
 	for !done {
-		err := c.receive(ctx, true, func(h header, data []byte) {
+		err := c.receive(ctx, !lost, func(h header, data []byte) {
 			i := int(h.seq - first)
 			if h.typ != unix.NLMSG_ERROR || i < 0 || i >= len(msgs) || len(data) < 4 {
 				return
@@ -225,6 +313,10 @@ func (c *Conn) Batch(ctx context.Context, msgs []netlink.Message) error {
 			// A refusal of the batch as a whole comes alone, and instead of the ack.
 			done = done || i == last || refusal != nil
 		})
+		if errors.Is(err, unix.ENOBUFS) && !lost {
+			lost = true // but perhaps not the answer: all of it is there by now
+			continue
+		}
 		if err != nil {
 			c.Slow = true
 			return fmt.Errorf("%w: %w", ErrUnsure, err)
@@ -235,8 +327,7 @@ func (c *Conn) Batch(ctx context.Context, msgs []netlink.Message) error {
 	}
 	c.Slow = true
 	// One error comes for each message at fault; read them away.
-	for c.receive(ctx, false, func(header, []byte) {}) == nil {
-	}
+	_ = c.drain(ctx)
 	return refusal
 }
 
@@ -255,7 +346,7 @@ func appendMsg(b []byte, typ, flags uint16, seq uint32, data, more []byte) []byt
 }
 
 func (c *Conn) send(ctx context.Context, b []byte) error {
-	for {
+	for try := 0; ; try++ {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
@@ -264,6 +355,10 @@ func (c *Conn) send(ctx context.Context, b []byte) error {
 		case nil:
 			return nil
 		case unix.EINTR:
+		case unix.ENOBUFS: // nothing was sent
+			if e := c.renew(ctx, try); e != nil {
+				return fmt.Errorf("send: %w: %w", err, e)
+			}
 		case unix.EAGAIN:
 			if err := c.poll(ctx, unix.POLLOUT); err != nil {
 				return err
@@ -301,6 +396,9 @@ func (c *Conn) receive(ctx context.Context, wait bool, f func(header, []byte)) e
 			return fmt.Errorf("receive: %w", unix.EMSGSIZE)
 		}
 		if sa, ok := from.(*unix.SockaddrNetlink); !ok || sa.Pid != 0 {
+			if e := ctx.Err(); e != nil {
+				return e
+			}
 			continue
 		}
 		for b := c.buf[:n]; len(b) >= nlmsgHdrLen; {
