@@ -204,45 +204,50 @@ func golden(t *testing.T, name, got string) {
 	}
 }
 
+// fault is what strace makes of a system call.
+type fault struct{ call, inject string }
+
+// inject runs the helper with a fault in those calls that when selects, and tells
+// whether there were any.
+func (s *space) inject(op string, f fault, when string) (code int, hit bool, stderr string) {
+	trace := filepath.Join(s.t.TempDir(), "trace")
+	c := exec.Command("strace", "-f", "-qq", "-o", trace, "-e", "trace="+f.call,
+		"-e", fmt.Sprintf("inject=%s:%s:when=%s", f.call, f.inject, when), os.Args[0])
+	c.Env = append(os.Environ(), helperOp+"="+op, helperPID+"="+strconv.Itoa(s.pid))
+	var out bytes.Buffer
+	c.Stderr = &out
+	start := time.Now()
+	err := c.Run()
+	if took := time.Since(start); took > 5*time.Second {
+		s.t.Errorf("%s, %s of %s %s: took %v", op, f.inject, f.call, when, took)
+	}
+	var exit *exec.ExitError
+	switch {
+	case err == nil:
+	case errors.As(err, &exit):
+		code = exit.ExitCode() // -1 if strace followed the process into its death
+	default:
+		s.t.Fatal(err)
+	}
+	log, err := os.ReadFile(trace)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return code, bytes.Contains(log, []byte("INJECTED")) || bytes.Contains(log, []byte("DELAYED")) || bytes.Contains(log, []byte("killed by")), out.String()
+}
+
 // Real faults in the real system calls of a process that locks or unlocks. Whatever
 // happens: it ends, a lock is there whole or not at all, and the exit code is true.
 func TestFaults(t *testing.T) {
 	netlocktest.Need(t, "strace", "nft")
 	s, b := newSpace(t), nft.New()
 	defer b.Wait()
-	type fault struct{ call, inject string }
 	var faults []fault
 	for _, e := range []string{"ENOBUFS", "EINTR", "EAGAIN", "ENOMEM", "ETIMEDOUT"} {
 		faults = append(faults, fault{"recvmsg", "error=" + e}, fault{"sendto", "error=" + e})
 	}
 	faults = append(faults, fault{"recvmsg", "signal=KILL"}, fault{"sendto", "signal=KILL"}, fault{"sendto", "delay_exit=1500000"},
 		fault{"setns", "error=EPERM"}, fault{"socket", "error=EMFILE"}, fault{"pidfd_open", "error=ENFILE"})
-	run := func(op string, f fault, k int) (code int, hit bool, stderr string) {
-		trace := filepath.Join(t.TempDir(), "trace")
-		c := exec.Command("strace", "-f", "-qq", "-o", trace, "-e", "trace="+f.call,
-			"-e", fmt.Sprintf("inject=%s:%s:when=%d", f.call, f.inject, k), os.Args[0])
-		c.Env = append(os.Environ(), helperOp+"="+op, helperPID+"="+strconv.Itoa(s.pid))
-		var out bytes.Buffer
-		c.Stderr = &out
-		start := time.Now()
-		err := c.Run()
-		if took := time.Since(start); took > 5*time.Second {
-			t.Errorf("%s, %s of %s %d: took %v", op, f.inject, f.call, k, took)
-		}
-		var exit *exec.ExitError
-		switch {
-		case err == nil:
-		case errors.As(err, &exit):
-			code = exit.ExitCode() // -1 if strace followed the process into its death
-		default:
-			t.Fatal(err)
-		}
-		log, err := os.ReadFile(trace)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return code, bytes.Contains(log, []byte("INJECTED")) || bytes.Contains(log, []byte("DELAYED")) || bytes.Contains(log, []byte("killed by")), out.String()
-	}
 	reset := func(locked bool) {
 		if _, err := b.Unlock(t.Context(), s.ns, options); err != nil {
 			t.Fatal(err)
@@ -257,7 +262,7 @@ func TestFaults(t *testing.T) {
 		for _, f := range faults {
 			for k := 1; k < 40; k++ {
 				reset(op == "unlock")
-				code, hit, stderr := run(op, f, k)
+				code, hit, stderr := s.inject(op, f, strconv.Itoa(k))
 				if !hit {
 					if k == 1 {
 						t.Errorf("%s: no %s to inject %s into", op, f.call, f.inject)

@@ -180,8 +180,8 @@ func (s *session) fail(op string, err error) error {
 }
 
 // look reads the rule set's generation and every table under a name of ours.
-func (s *session) look() (gen uint32, ours []table, err error) {
-	ans, err := s.conn.Ask(s.ctx,
+func (s *session) look(ctx context.Context) (gen uint32, ours []table, err error) {
+	ans, err := s.conn.Ask(ctx,
 		nfnl.Request{Cmd: unix.NFT_MSG_GETGEN},
 		nfnl.Request{Cmd: unix.NFT_MSG_GETTABLE, Dump: true})
 	if err != nil {
@@ -211,7 +211,7 @@ func (s *session) look() (gen uint32, ours []table, err error) {
 }
 
 // read judges one table. A table that vanished meanwhile locks nothing.
-func (s *session) read(t table) (view, error) {
+func (s *session) read(ctx context.Context, t table) (view, error) {
 	want, err := s.b.rules.get(s.o.Allow)
 	if err != nil {
 		return view{}, err
@@ -226,7 +226,7 @@ func (s *session) read(t table) (view, error) {
 			Attrs: nfnl.AttrString(inTable[:len(inTable):len(inTable)], unix.NFTA_CHAIN_NAME, c.name)})
 	}
 	reqs = append(reqs, nfnl.Request{Cmd: unix.NFT_MSG_GETRULE, Family: t.family, Attrs: inTable, Dump: true})
-	ans, err := s.conn.Ask(s.ctx, reqs...)
+	ans, err := s.conn.Ask(ctx, reqs...)
 	if err != nil {
 		return view{}, s.fail("read table "+t.name, err)
 	}
@@ -248,20 +248,93 @@ func (s *session) read(t table) (view, error) {
 	return judge(t, objs, rules, want), nil
 }
 
-// views reads all tables and splits off those that a live process owns.
-func (s *session) views(ours []table) (mine []view, held []table, err error) {
-	for _, t := range ours {
+// readTime is how long reading may go on: what can be done without comes next, and
+// needs the rest of the time.
+func (s *session) readTime() (context.Context, context.CancelFunc) {
+	left := time.Second
+	if d, ok := s.ctx.Deadline(); ok {
+		left = time.Until(d) * 3 / 4
+	}
+	return context.WithTimeout(s.ctx, left)
+}
+
+// seen is what is there, read at one generation of the rule set if that was to be had.
+type seen struct {
+	gen  uint32
+	ours []table // all under names of ours
+	mine []view
+	held []table // those of ours that a live process owns
+	// unread is why a table of mine could not be read, its view then being a guess.
+	unread error
+}
+
+// calmReads is how often what does not look like a lock is read once more because the
+// rule set changed in between: the table may have been going or coming.
+const calmReads = 16
+
+// see looks and reads, again and again where that fails, until reading's end. Then
+// what is known has to do: an error says that not even the tables are.
+func (s *session) see(reading context.Context) (was seen, err error) {
+	for try := 0; ; try++ {
+		was, err = s.seeOnce(reading)
+		switch {
+		case s.ctx.Err() != nil:
+			return was, s.ctxErr("list tables")
+		case err == nil && was.unread == nil && (len(was.mine) == 0 || intact(was.mine) || try >= calmReads):
+			return was, nil
+		case err == nil && was.unread == nil:
+			if now, _, e := s.look(reading); e == nil && now == was.gen {
+				return was, nil
+			}
+		case err == nil:
+			err = was.unread
+		}
+		var e *netlock.Error
+		if errors.As(err, &e) && (e.Kind == netlock.KindPrivilege || e.Kind == netlock.KindNoBackend) || reading.Err() != nil {
+			if was.unread != nil {
+				err = nil
+			}
+			return was, err
+		}
+		wait(reading, try)
+	}
+}
+
+// wait lets others work before another try, unless it is the first one.
+func wait(ctx context.Context, try int) {
+	if try == 0 {
+		return
+	}
+	t := time.NewTimer(time.Millisecond)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-ctx.Done():
+	}
+}
+
+func (s *session) seeOnce(reading context.Context) (was seen, err error) {
+	ctx := reading
+	if ctx.Err() != nil {
+		ctx = s.ctx // the tables at least
+	}
+	if was.gen, was.ours, err = s.look(ctx); err != nil {
+		return was, err
+	}
+	for _, t := range was.ours {
 		if t.held() || s.held[t] {
-			held = append(held, t)
+			was.held = append(was.held, t)
 			continue
 		}
-		v, err := s.read(t)
+		v, err := s.read(reading, t)
 		if err != nil {
-			return nil, nil, err
+			was.unread = err
+			// It may be a lock, so it stays until another is in force.
+			v = view{table: t, locks: t.inet(), why: "table " + t.name + " could not be read"}
 		}
-		mine = append(mine, v)
+		was.mine = append(was.mine, v)
 	}
-	return mine, held, nil
+	return was, nil
 }
 
 // intact: there is one table of ours, and it is exactly the lock.
@@ -314,8 +387,8 @@ func (s *session) create(gen uint32, name string, replace bool, text string) err
 }
 
 // drop deletes tables in one batch.
-func (s *session) drop(ctx context.Context, ts ...table) error {
-	return s.batch(ctx, 0, func(c *nftables.Conn) {
+func (s *session) drop(ctx context.Context, gen uint32, ts ...table) error {
+	return s.batch(ctx, gen, func(c *nftables.Conn) {
 		for _, t := range ts {
 			c.DelTable(nftTable(t))
 		}
@@ -357,11 +430,6 @@ func place(mine []view, held []table) (name string, replace, ok bool) {
 	return "", false, false
 }
 
-// calmTries is how often a lock insists on a rule set that nobody else changed
-// between its look and its batch. Where somebody changes it all the time, the
-// exclusive create has to do.
-const calmTries = 8
-
 // Lock makes sure that exactly one lock, exactly ours, is in force.
 func (b *Backend) Lock(ctx context.Context, ns *netlock.Namespace, o netlock.Options) (res netlock.Result, err error) {
 	res.Backend = Name
@@ -377,40 +445,38 @@ func (b *Backend) Lock(ctx context.Context, ns *netlock.Namespace, o netlock.Opt
 }
 
 func (s *session) lock(text string) (already bool, err error) {
-	for try := 0; ; try++ {
-		gen, ours, err := s.look()
+	reading, cancel := s.readTime()
+	defer cancel()
+	for {
+		was, err := s.see(reading)
 		if err != nil {
 			return false, err
 		}
-		mine, held, err := s.views(ours)
-		if err != nil {
-			return false, err
-		}
-		if intact(mine) {
+		if intact(was.mine) {
 			return true, nil
 		}
-		name, replace, ok := place(mine, held)
+		name, replace, ok := place(was.mine, was.held)
 		if !ok {
 			return false, netlock.HeldError(s.ns, Name)
 		}
-		if try >= calmTries {
-			gen = 0
-		}
-		err = s.create(gen, name, replace, text)
+		err = s.create(was.gen, name, replace, text)
 		switch created, e := s.settle(err, name, text); {
 		case e != nil:
 			return false, e
 		case !created:
 			continue
 		}
-		if len(ours) == 0 && try == 0 {
+		if len(was.ours) == 0 { // nor did anything come meanwhile
 			return false, nil
 		}
 		// Ours is in force. What else bears our name goes now; held tables cannot.
-		if err := s.clear(name); err != nil {
+		there, err := s.clear(name)
+		if err != nil {
 			return false, s.rollback(name, err)
 		}
-		return false, nil
+		if there {
+			return false, nil
+		}
 	}
 }
 
@@ -429,17 +495,14 @@ func (s *session) settle(err error, name, text string) (created bool, _ error) {
 		// Was it committed? Only a lock with our metadata of this moment is ours.
 		late, cancel := context.WithTimeout(context.WithoutCancel(s.ctx), netlock.UndoTime)
 		defer cancel()
-		was := s.ctx
-		s.ctx = late
-		defer func() { s.ctx = was }()
-		v, e := s.read(table{name: name, family: unix.NFPROTO_INET, use: 2})
+		v, e := s.read(late, table{name: name, family: unix.NFPROTO_INET, use: 2})
 		switch {
 		case e != nil:
 			return false, s.rollback(name, s.fail("create table "+name, err))
 		case v.why != "" || v.text != text:
 			return false, s.fail("create table "+name, err)
-		case was.Err() != nil:
-			return false, s.rollback(name, s.fail("create table "+name, was.Err()))
+		case s.ctx.Err() != nil:
+			return false, s.rollback(name, s.fail("create table "+name, s.ctx.Err()))
 		}
 		return true, nil
 	case errors.Is(err, unix.EPERM) && netlock.HasCapability(unix.CAP_NET_ADMIN):
@@ -466,7 +529,7 @@ func (s *session) ctxErr(op string) error {
 
 // markHeld notes every table of that name as somebody else's.
 func (s *session) markHeld(name string) error {
-	_, ours, err := s.look()
+	_, ours, err := s.look(s.ctx)
 	if err != nil {
 		return err
 	}
@@ -478,45 +541,62 @@ func (s *session) markHeld(name string) error {
 	return s.ctxErr("create table " + name)
 }
 
-// clear deletes all of ours but the table named keep.
-func (s *session) clear(keep string) error {
+// clear deletes all of ours but the table named keep, and tells whether that is
+// there: another Lock may have taken it for what has to go, in favour of its own.
+// No batch deletes what came after the look, or two of them would leave no lock.
+func (s *session) clear(keep string) (there bool, _ error) {
 	for {
 		if err := s.ctxErr("delete table"); err != nil {
-			return err
+			return false, err
 		}
-		_, ours, err := s.look()
+		gen, ours, err := s.look(s.ctx)
 		if err != nil {
-			return err
+			return false, err
 		}
+		there = false
 		var old []table
 		for _, t := range ours {
-			if (t.name != keep || !t.inet()) && !t.held() && !s.held[t] {
+			switch {
+			case t.held() || s.held[t]:
+			case t.name == keep && t.inet():
+				there = true
+			default:
 				old = append(old, t)
 			}
 		}
-		if len(old) == 0 {
-			return nil
+		if len(old) == 0 || !there {
+			return there, nil
 		}
-		if _, err := s.remove(old); err != nil {
-			return err
+		if _, err := s.remove(gen, old); err != nil {
+			return false, err
 		}
 	}
 }
 
 // remove deletes tables together, and one by one where one of them has an owner
-// or is gone. If it is not sure what it did, the caller has to look again.
-func (s *session) remove(ts []table) (sure bool, _ error) {
-	err := s.drop(s.ctx, ts...)
+// or is gone. If it is not sure what it did, the caller has to look again, as it
+// has if the rule set is no longer at gen.
+func (s *session) remove(gen uint32, ts []table) (sure bool, _ error) {
+	err := s.drop(s.ctx, gen, ts...)
 	if err == nil {
 		return true, nil
 	}
+	if errors.Is(err, unix.ERESTART) {
+		return false, nil
+	}
 	for _, t := range ts {
 		if len(ts) > 1 {
-			err = s.drop(s.ctx, t)
+			err = s.drop(s.ctx, gen, t)
 		}
 		var batch *nfnl.BatchError
 		switch {
-		case err == nil, errors.Is(err, unix.ENOENT), errors.Is(err, nfnl.ErrUnsure) && s.ctx.Err() == nil:
+		case err == nil, errors.Is(err, nfnl.ErrUnsure) && s.ctx.Err() == nil:
+			if gen != 0 {
+				return false, nil // it is the next generation now
+			}
+		case errors.Is(err, unix.ENOENT), errors.Is(err, unix.EBUSY):
+		case errors.Is(err, unix.ERESTART):
+			return false, nil
 		case errors.Is(err, unix.EPERM) && errors.As(err, &batch) && batch.Index > 0:
 			s.held[t] = true
 		default:
@@ -531,7 +611,7 @@ func (s *session) remove(ts []table) (sure bool, _ error) {
 func (s *session) rollback(name string, cause error) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(s.ctx), netlock.UndoTime)
 	defer cancel()
-	err := s.drop(ctx, table{name: name, family: unix.NFPROTO_INET})
+	err := s.drop(ctx, 0, table{name: name, family: unix.NFPROTO_INET})
 	if err == nil || errors.Is(err, unix.ENOENT) {
 		return cause
 	}
@@ -558,57 +638,107 @@ func state(mine []view) netlock.State {
 	return st
 }
 
-// Unlock removes every table of ours, under both names and in all families.
+// Unlock removes every table of ours, under both names and in all families. Tables
+// that cannot be read go too, once the time for reading is over; the error then says
+// that nobody knows what they were.
 func (b *Backend) Unlock(ctx context.Context, ns *netlock.Namespace, o netlock.Options) (st netlock.State, err error) {
-	err = b.in(ctx, ns, o, func(s *session) error {
-		for try := 0; ; try++ {
-			_, ours, err := s.look()
-			if err != nil {
-				return err
-			}
-			var left []table
-			for _, t := range ours {
-				if !t.held() && !s.held[t] {
-					left = append(left, t)
-				}
-			}
-			if try == 0 {
-				mine, _, err := s.views(ours)
-				if err != nil && netlock.KindOf(err) == netlock.KindDeadline {
-					return err
-				}
-				st = state(mine)
-				st.Found = len(left) > 0
-				if err != nil { // what cannot be read is removed all the same
-					st.Intact, st.Why = false, err.Error()
-				}
-			}
-			if len(left) == 0 {
-				return nil
-			}
-			if err := s.ctxErr("delete table"); err != nil {
-				return err
-			}
-			if sure, err := s.remove(left); sure || err != nil {
-				return err
-			}
-		}
+	err = b.in(ctx, ns, o, func(s *session) (err error) {
+		st, err = s.unlock()
+		return err
 	})
 	return st, err
+}
+
+func (s *session) unlock() (st netlock.State, err error) {
+	reading, cancel := s.readTime()
+	defer cancel()
+	var unread error
+	for try := 0; ; try++ {
+		was, err := s.see(reading)
+		if err != nil {
+			if reading.Err() == nil || s.ctx.Err() != nil {
+				return st, err
+			}
+			return s.unlockUnseen(st, err)
+		}
+		// What somebody else removed meanwhile was there all the same.
+		if now := state(was.mine); now.Found || try == 0 {
+			st = now
+		}
+		if unread == nil {
+			unread = was.unread
+		}
+		if len(was.mine) == 0 {
+			return st, s.unsure(unread)
+		}
+		if err := s.ctxErr("delete table"); err != nil {
+			return st, err
+		}
+		// What is deleted is what was read, but an unlock does not wait for ever for others
+		// to leave the rule set alone.
+		gen := was.gen
+		if reading.Err() != nil {
+			gen = 0
+		}
+		var left []table
+		for _, v := range was.mine {
+			left = append(left, v.table)
+		}
+		sure, err := s.remove(gen, left)
+		if err != nil {
+			return st, err
+		}
+		if sure {
+			return st, s.unsure(unread)
+		}
+	}
+}
+
+// unlockUnseen deletes the tables that a lock can be in without knowing whether there
+// are any, after cause.
+func (s *session) unlockUnseen(st netlock.State, cause error) (netlock.State, error) {
+	var errs []error
+	for _, name := range tableNames {
+		err := s.drop(s.ctx, 0, table{name: name, family: unix.NFPROTO_INET})
+		switch {
+		case err == nil:
+			st.Found, st.Intact, st.Why = true, false, "table "+name+" could not be read"
+		case errors.Is(err, unix.ENOENT):
+		default:
+			errs = append(errs, fmt.Errorf("%s: %w", name, err))
+		}
+	}
+	if errs != nil {
+		return st, s.fail("delete unread tables", errors.Join(errs...))
+	}
+	return st, s.unsure(cause)
+}
+
+// unsure is the error of an unlock that had to do without reading.
+func (s *session) unsure(cause error) error {
+	if cause == nil {
+		return nil
+	}
+	if e := new(netlock.Error); errors.As(cause, &e) {
+		cause = e.Err
+	}
+	return &netlock.Error{Kind: netlock.KindOther, Op: "unlock", Namespace: s.ns.String(), Backend: Name,
+		Err: fmt.Errorf("unlocked, but nobody knows whether the lock was intact: it could not be read: %w", cause)}
 }
 
 // State reads what is there and changes nothing.
 func (b *Backend) State(ctx context.Context, ns *netlock.Namespace, o netlock.Options) (st netlock.State, err error) {
 	err = b.in(ctx, ns, o, func(s *session) error {
-		_, ours, err := s.look()
+		reading, cancel := s.readTime()
+		defer cancel()
+		was, err := s.see(reading)
 		if err != nil {
 			return err
 		}
-		mine, held, err := s.views(ours)
-		st = state(mine)
-		_, _, free := place(mine, held)
+		st = state(was.mine)
+		_, _, free := place(was.mine, was.held)
 		st.Held = !free
-		return err
+		return was.unread
 	})
 	return st, err
 }
