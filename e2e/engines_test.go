@@ -26,7 +26,6 @@ var engines = []struct {
 	make    func(testbed.Container) testbed.Engine
 }{
 	{name: "lxc", setup: "lxc", make: func(c testbed.Container) testbed.Engine {
-		c.Scripts = []string{oursPath} // LXC's own option for it
 		return &testbed.LXC{Container: c}
 	}},
 	{name: "podman", setup: "podman", renewed: true, make: func(c testbed.Container) testbed.Engine {

@@ -201,7 +201,7 @@ func (c *cli) root() *cobra.Command {
 	f.BoolVar(&c.setupFlags.dryRun, "dry-run", false, "show the change and write nothing")
 	f.BoolVar(&c.setupFlags.yes, "yes", false, "do not ask")
 	f.BoolVar(&c.setupFlags.tcpEstablished, "tcp-established", false, "let CRIU dump and restore live TCP connections (runc, crun, podman, docker)")
-	f.BoolVar(&c.setupFlags.replaceLock, "replace-criu-lock", false, "turn CRIU's own lock off (criu, lxc; CRIU 3.19 or newer)")
+	f.BoolVar(&c.setupFlags.replaceLock, "replace-criu-lock", false, "turn CRIU's own lock off, in /etc/criu/default.conf (CRIU 3.19 or newer)")
 	f.StringVar(&c.setupFlags.program, "program", "", "the `PATH` of criu-netlock to write (default: of this program)")
 	f.StringVar(&c.setupFlags.root, "root", "/", "a `FOLDER` to work in, for images of machines")
 	add(&cobra.Command{Use: "version", Short: "Print the version of the program and of its rules"}, c.printVersion)

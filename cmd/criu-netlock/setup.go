@@ -38,15 +38,22 @@ func (c *cli) setup(args []string) error {
 		return inputError("--undo takes back all that setup %s wrote: give no other option of it", e.Name)
 	case f.tcpEstablished && !e.RPC:
 		return inputError("--tcp-established is for runc, crun, podman and docker: %s is given it on its command line", e.Name)
-	case f.replaceLock && e.RPC:
-		return inputError("--replace-criu-lock is for criu and lxc: network-lock in %s crashes CRIU 3.16 to 4.2", e.File)
 	}
-	file, err := setup.ReadFile(filepath.Join(f.root, e.File))
-	if err != nil {
-		return setupError(err)
+	// network-lock in a file that is read over RPC crashes CRIU 3.16 to 4.2.
+	paths := []string{e.File}
+	if e.RPC && (f.replaceLock || f.undo) {
+		paths = append(paths, setup.DefaultConf)
+	}
+	var files []setup.File
+	for _, p := range paths {
+		file, err := setup.ReadFile(filepath.Join(f.root, p))
+		if err != nil {
+			return setupError(err)
+		}
+		files = append(files, file)
 	}
 	if f.undo {
-		return c.undoSetup(e, file)
+		return c.undoSetup(e, files)
 	}
 	w := setup.Want{Engine: e.Name, Program: f.program, Script: true, TCPEstablished: f.tcpEstablished, ReplaceLock: f.replaceLock}
 	if w.Program == "" {
@@ -61,11 +68,22 @@ func (c *cli) setup(args []string) error {
 	if err != nil {
 		return err
 	}
-	after, err := setup.Apply(file.Text, w, file.Made())
-	if err != nil {
-		return inputError("%s: %v: undo by hand what was changed, or remove the block", file.Path, err)
+	var changes []change
+	for i, file := range files {
+		one := w
+		if e.RPC {
+			one.ReplaceLock = i > 0
+			one.Script, one.TCPEstablished = w.Script && i == 0, w.TCPEstablished && i == 0
+		}
+		made := file.Made()
+		made.Dir = made.Dir && i == 0
+		after, err := setup.Apply(file.Text, one, made)
+		if err != nil {
+			return inputError("%s: %v: undo by hand what was changed, or remove the block", file.Path, err)
+		}
+		changes = append(changes, change{file, after, func() error { return file.Write(after) }})
 	}
-	return c.change(e, file, after, notes, func() error { return file.Write(after) })
+	return c.apply(e, changes, notes)
 }
 
 // suits looks whether CRIU and the other files go with what is wanted, and returns what
@@ -100,15 +118,13 @@ func (c *cli) suits(e setup.Engine, w *setup.Want) (notes []string, err error) {
 		if !experimental(filepath.Join(c.setupFlags.root, "/etc/docker/daemon.json")) {
 			note(`docker checkpoint needs an experimental daemon: put "experimental": true into /etc/docker/daemon.json and restart docker`)
 		}
-		fallthrough
-	case "podman", "runc", "crun":
-		if !w.TCPEstablished && e.Name == "docker" {
+		if !w.TCPEstablished {
 			note("docker checkpoint cannot be told --tcp-established: with live connections, run setup docker --tcp-established")
 		}
 	case "lxc":
 		note("or, without this file: lxc-checkpoint -A %s -s -n NAME -D DIR, and -A with -r too; not both", w.Program)
 	}
-	if !w.ReplaceLock && !e.RPC {
+	if !w.ReplaceLock {
 		note("CRIU's own lock stays in use beside ours, which is sound but slower; --replace-criu-lock turns it off")
 	}
 	return notes, nil
@@ -132,32 +148,46 @@ func experimental(path string) bool {
 	return err == nil && json.Unmarshal(b, &conf) == nil && conf.Experimental
 }
 
-func (c *cli) undoSetup(e setup.Engine, file setup.File) error {
-	after, made, err := setup.Remove(file.Text, e.Name)
-	if err != nil {
-		return inputError("%s: %v: take out by hand what is not wanted", file.Path, err)
-	}
-	return c.change(e, file, after, nil, func() error {
-		if made.File {
-			return file.Delete(made)
+func (c *cli) undoSetup(e setup.Engine, files []setup.File) error {
+	var changes []change
+	for i := len(files) - 1; i >= 0; i-- { // the folder was made for the first
+		file := files[i]
+		after, made, err := setup.Remove(file.Text, e.Name)
+		if err != nil {
+			return inputError("%s: %v: take out by hand what is not wanted", file.Path, err)
 		}
-		return file.Write(after)
-	})
+		changes = append(changes, change{file, after, func() error {
+			if made.File {
+				return file.Delete(made)
+			}
+			return file.Write(after)
+		}})
+	}
+	return c.apply(e, changes, nil)
 }
 
-// change shows a change, asks, makes it, and says what follows.
-func (c *cli) change(e setup.Engine, file setup.File, after string, notes []string, do func() error) error {
+// change is what becomes of one file.
+type change struct {
+	file  setup.File
+	after string
+	do    func() error
+}
+
+// apply shows the changes, asks, makes them, and says what follows.
+func (c *cli) apply(e setup.Engine, changes []change, notes []string) error {
 	f := &c.setupFlags
-	diff := setup.Diff(file.Path, file.Text, after)
-	said := ""
+	var said, diff string
 	for _, n := range notes {
 		said += "note: " + n + "\n"
 	}
+	for _, ch := range changes {
+		diff += setup.Diff(ch.file.Path, ch.file.Text, ch.after)
+	}
 	switch {
 	case diff == "" && f.undo:
-		return printText(fmt.Sprintf("%s: nothing of criu-netlock setup %s is there\n", file.Path, e.Name))
+		return printText(fmt.Sprintf("nothing of criu-netlock setup %s is there\n", e.Name))
 	case diff == "":
-		return printText(fmt.Sprintf("%s: nothing to change\n%s", file.Path, said))
+		return printText("nothing to change\n" + said)
 	case f.dryRun:
 		return printText(diff + said)
 	case !f.yes && !isTerminal(unix.Stdin):
@@ -169,13 +199,22 @@ func (c *cli) change(e setup.Engine, file setup.File, after string, notes []stri
 	if !f.yes && !confirmed() {
 		return printText("nothing was changed\n")
 	}
-	if err := do(); err != nil {
-		return setupError(err)
-	}
+	done := "written; criu-netlock check tells whether all is well"
 	if f.undo {
-		return printText(file.Path + ": undone\n")
+		done = "undone"
 	}
-	return printText(file.Path + ": written; criu-netlock check tells whether all is well\n")
+	for _, ch := range changes {
+		if ch.after == ch.file.Text {
+			continue
+		}
+		if err := ch.do(); err != nil {
+			return setupError(err)
+		}
+		if err := printText(ch.file.Path + ": " + done + "\n"); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func confirmed() bool {

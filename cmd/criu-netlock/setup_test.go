@@ -122,6 +122,47 @@ func TestSetupKnowsTheEngines(t *testing.T) {
 	}
 }
 
+// CRIU's own lock is turned off in default.conf alone, for whichever engine.
+func TestSetupReplacesTheLock(t *testing.T) {
+	for engine, name := range fileOf {
+		m := newMachine(t, "4.2")
+		m.setup(t, engine, "--yes", "--replace-criu-lock").want(t, 0)
+		if got := m.read(t, "default.conf"); !strings.Contains(got, "\nnetwork-lock skip\n") {
+			t.Errorf("%s: default.conf:\n%s", engine, got)
+		}
+		if got := m.read(t, name); !strings.Contains(got, "\naction-script ") || name != "default.conf" && strings.Contains(got, "network-lock") {
+			t.Errorf("%s: %s:\n%s", engine, name, got)
+		}
+		m.setup(t, "--undo", engine, "--yes").want(t, 0)
+		if left, _ := os.ReadDir(m.root + "/etc"); len(left) != 0 {
+			t.Errorf("%s: left: %v", engine, left)
+		}
+	}
+}
+
+// check says of each engine that is there whether it would call us.
+func TestCheckEngines(t *testing.T) {
+	m := newMachine(t, "4.2")
+	for _, p := range []string{"runc", "dockerd", "lxc-checkpoint"} {
+		m.write(t, m.path+"/"+p, "#!/bin/sh\n", 0o755)
+	}
+	const script = `mount -t tmpfs tmpfs /etc/criu 2>/dev/null || { mkdir -p "$T/criu" && mount -t tmpfs tmpfs /etc && mkdir /etc/criu; }
+"$P" check --json; "$P" setup runc --yes >/dev/null || exit 99; exec "$P" check --json`
+	r := execute(t, []string{"PATH=" + m.path + ":/usr/sbin:/usr/bin:/sbin:/bin", "P=" + program, "T=" + m.root}, "unshare", "-m", "sh", "-c", script)
+	for _, want := range []string{
+		`"what": "runc",\n`, "run criu-netlock setup runc", "run criu-netlock setup docker", "lxc-checkpoint -A",
+		"calls criu-netlock, by /etc/criu/runc.conf:2",
+		"docker checkpoint needs an experimental daemon",
+	} {
+		if !strings.Contains(r.stdout, strings.ReplaceAll(want, "\\n", "\n")) {
+			t.Errorf("%q is wanted: %v", want, r)
+		}
+	}
+	if strings.Contains(r.stdout, `"podman"`) {
+		t.Errorf("podman is not there: %v", r)
+	}
+}
+
 // Other scripts stay, and ours is given last, so that it runs first.
 func TestSetupRunsFirst(t *testing.T) {
 	m := newMachine(t, "4.2")
@@ -149,7 +190,7 @@ func TestSetupRefuses(t *testing.T) {
 	m := newMachine(t, "4.2")
 	for _, c := range [][]string{
 		{}, {"--yes"}, {"kubernetes"}, {"runc", "docker"}, {"runc", "--undo", "--tcp-established"}, {"criu", "--tcp-established"},
-		{"runc", "--replace-criu-lock"}, {"runc", "--program", "relative"}, {"runc", "--program", "/a b"}, {"runc", "--program", "/nowhere"},
+		{"runc", "--program", "relative"}, {"runc", "--program", "/a b"}, {"runc", "--program", "/nowhere"},
 		{"runc", "--program", "/etc/passwd"}, {"runc", "--pid", "1"},
 	} {
 		m.setup(t, append(c, "--yes")...).oneError(t, 2)

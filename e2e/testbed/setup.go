@@ -3,24 +3,42 @@ package testbed
 import (
 	"context"
 	"errors"
-	"fmt"
 	"os"
 	"path/filepath"
 )
 
-// Setup makes an engine use criu-netlock, and CRIU no lock of its own, through
-// CRIU's configuration files. What LXC takes on its command line alone, the engine
-// gives it there.
-func (s *Session) Setup(_ context.Context, engine string, _ ...string) error {
-	files := map[string]string{"default.conf": "network-lock skip\n"}
-	switch engine {
-	case "lxc":
-	case "podman", "docker":
-		files["runc.conf"] = "tcp-established\naction-script " + BinDir + "/criu-netlock\n"
-	default:
-		return fmt.Errorf("setup: no engine %q", engine)
+// Setup makes an engine use criu-netlock, and CRIU no lock of its own, as a user does.
+func (s *Session) Setup(ctx context.Context, engine string) error {
+	args := []string{BinDir + "/criu-netlock", "setup", engine, "--replace-criu-lock", "--yes"}
+	if engine != "lxc" {
+		args = append(args, "--tcp-established")
 	}
-	return writeFiles(filepath.Join(s.Work, "criu"), files)
+	_, err := s.Run(ctx, args...)
+	return err
+}
+
+// Undo takes back what Setup wrote.
+func (s *Session) Undo(ctx context.Context, engine string) error {
+	_, err := s.Run(ctx, BinDir+"/criu-netlock", "setup", "--undo", engine, "--yes")
+	return err
+}
+
+// ConfigurationFiles are the names in /etc/criu and what stands there.
+func (s *Session) ConfigurationFiles() (map[string]string, error) {
+	files := map[string]string{}
+	dir := filepath.Join(s.Work, "criu")
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	for _, e := range entries {
+		b, err := os.ReadFile(filepath.Join(dir, e.Name()))
+		if err != nil {
+			return nil, err
+		}
+		files[e.Name()] = string(b)
+	}
+	return files, nil
 }
 
 // Relay adds a script that runs after those that Setup has set.
