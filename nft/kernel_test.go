@@ -12,6 +12,7 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -208,8 +209,8 @@ func golden(t *testing.T, name, got string) {
 type fault struct{ call, inject string }
 
 // inject runs the helper with a fault in those calls that when selects, and tells
-// whether there were any.
-func (s *space) inject(op string, f fault, when string) (code int, hit bool, stderr string) {
+// whether there were any. Meanwhile it runs during, with the file that strace writes.
+func (s *space) inject(op string, f fault, when string, during ...func(trace string)) (code int, hit bool, stderr string) {
 	trace := filepath.Join(s.t.TempDir(), "trace")
 	c := exec.Command("strace", "-f", "-qq", "-o", trace, "-e", "trace="+f.call,
 		"-e", fmt.Sprintf("inject=%s:%s:when=%s", f.call, f.inject, when), os.Args[0])
@@ -217,7 +218,12 @@ func (s *space) inject(op string, f fault, when string) (code int, hit bool, std
 	var out bytes.Buffer
 	c.Stderr = &out
 	start := time.Now()
+	var wg sync.WaitGroup
+	for _, d := range during {
+		wg.Go(func() { d(trace) })
+	}
 	err := c.Run()
+	wg.Wait()
 	if took := time.Since(start); took > 5*time.Second {
 		s.t.Errorf("%s, %s of %s %s: took %v", op, f.inject, f.call, when, took)
 	}

@@ -1,18 +1,24 @@
 package nft_test
 
 import (
+	"bytes"
 	"context"
+	"errors"
 	"fmt"
+	"io"
+	"os"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
 	"github.com/google/nftables"
+	"github.com/mdlayher/netlink"
 
 	"github.com/criu-netlock/criu-netlock/netlock"
 	"github.com/criu-netlock/criu-netlock/netlock/netlocktest"
 	"github.com/criu-netlock/criu-netlock/nft"
+	"github.com/criu-netlock/criu-netlock/nft/nfnl"
 )
 
 // openTable stands under our first name and lets everything pass.
@@ -145,6 +151,36 @@ func TestLockTogether(t *testing.T) {
 	}
 }
 
+// What comes between a lock's look and its batch is looked at too.
+func TestLockLate(t *testing.T) {
+	netlocktest.Need(t, "strace")
+	s, b := newSpace(t), nft.New()
+	defer b.Wait()
+	const look, batch = "sendto(", "2"
+	code, hit, stderr := s.inject("lock", fault{"sendto", "delay_enter=500000"}, batch, func(trace string) {
+		if err := netlocktest.Until(func() (bool, error) {
+			log, err := os.ReadFile(trace)
+			if errors.Is(err, os.ErrNotExist) {
+				err = nil
+			}
+			return bytes.Contains(log, []byte(look)), err
+		}); err != nil {
+			t.Error(err)
+			return
+		}
+		s.nft(strings.ReplaceAll(openTable, "criu-netlock", "criu-netlock-2"), "-f", "-")
+	})
+	if !hit || code != 0 {
+		t.Errorf("exit %d, %s", code, stderr)
+	}
+	if st := s.state(b, options); !st.Locked || !st.Intact {
+		t.Errorf("locked, and not locked: %+v", st)
+	}
+	if _, err := b.Unlock(t.Context(), s.ns, options); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // Unlocks side by side: a lock that another one is taking away has not been tampered
 // with.
 func TestUnlockTogether(t *testing.T) {
@@ -201,5 +237,66 @@ func TestLastingFaults(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// A container that changes its rules as fast as it can delays a lock, and no more: it
+// goes in at the generation at which its maker looked, and so does the unlock.
+func TestBusyRuleSet(t *testing.T) {
+	s, b := newSpace(t), nft.New()
+	defer b.Wait()
+	var msgs []netlink.Message
+	c, err := nftables.New(nftables.WithTestDial(func(req []netlink.Message) ([]netlink.Message, error) {
+		msgs = append(msgs, req...)
+		return nil, io.EOF
+	}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	other := &nftables.Table{Name: "other", Family: nftables.TableFamilyINet}
+	c.AddTable(other)
+	c.DelTable(other)
+	if err := c.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	busy := make(chan error, 1)
+	ctx, stop := context.WithCancel(t.Context())
+	first := make(chan struct{})
+	go func() {
+		busy <- s.ns.Do(func() error {
+			conn, err := nfnl.Dial()
+			if err != nil {
+				return err
+			}
+			defer conn.Close()
+			for i := 0; ctx.Err() == nil; i++ {
+				if err := conn.Batch(context.Background(), msgs); err != nil {
+					return err
+				}
+				if i == 0 {
+					close(first)
+				}
+			}
+			return nil
+		})
+	}()
+	select {
+	case <-first:
+	case err := <-busy:
+		t.Fatal(err)
+	}
+	for range 10 {
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		if _, err := b.Lock(ctx, s.ns, options); err != nil {
+			t.Error(err)
+		}
+		if st, err := b.Unlock(ctx, s.ns, options); err != nil || !st.Intact {
+			t.Errorf("unlock: %+v, %v", st, err)
+		}
+		cancel()
+	}
+	stop()
+	if err := <-busy; err != nil {
+		t.Error(err)
 	}
 }
