@@ -3,6 +3,7 @@ package e2e
 import (
 	"context"
 	"errors"
+	"maps"
 	"strconv"
 	"strings"
 	"testing"
@@ -68,6 +69,12 @@ func openEngine(t *testing.T, setup string, start func(context.Context, *testbed
 	t.Cleanup(func() { n.Peer.Close() }) // the rest goes with the session
 	if start != nil {
 		err = start(ctx, l.Session)
+	}
+	// Set up and undone is as it was.
+	before, e := l.ConfigurationFiles()
+	err = errors.Join(err, e, l.Setup(ctx, setup), l.Undo(ctx, setup))
+	if after, e := l.ConfigurationFiles(); e != nil || !maps.Equal(before, after) {
+		t.Errorf("/etc/criu was %q and is %q, %v", before, after, e)
 	}
 	if err := errors.Join(err, l.Setup(ctx, setup), l.Relay(setup, relayPath), l.rest()); err != nil {
 		t.Fatal(err)
