@@ -122,6 +122,7 @@ func runGuard(args []string) int {
 	// The lock of the checkpoint is not to be the first thing that this process does. A
 	// second one, kept until the end, keeps nf_tables' hooks in use on this machine: the
 	// first and the last base chain of any namespace patch the kernel, 200 µs each.
+	var kept *netlock.Namespace
 	g.Ready = func() {
 		ready()
 		l := guardLocker(cfg, criu)
@@ -132,18 +133,20 @@ func runGuard(args []string) int {
 		}
 		if ns, err := throwaway(); err == nil {
 			_, _ = l.Lock(ctx, ns) // for speed alone
-			warm = ns
+			kept = ns
 		}
 	}
+	defer func() {
+		if kept != nil {
+			kept.Close()
+		}
+	}()
 	if err := g.Serve(); err != nil && err != guard.ErrTaken {
 		log("the guard of pid %d: %v", c.Task, err)
 		return netlock.ExitCode(err)
 	}
 	return 0
 }
-
-// warm is a namespace of the guard's own that ends with it.
-var warm *netlock.Namespace
 
 // guardLocker is newLocker for a process that stays: it waits for the kernel's clean-up
 // when nobody waits for it.

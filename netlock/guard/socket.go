@@ -34,7 +34,7 @@ const maxMessage = 8192
 // longer: one that a stopped guard finds later must not lock or unlock anything.
 const fresh = 200 * time.Millisecond
 
-// ErrTaken: another guard watches this checkpoint already.
+// ErrTaken tells that another guard watches this checkpoint already.
 var ErrTaken = errors.New("another guard is there")
 
 // Request is one call of a hook.

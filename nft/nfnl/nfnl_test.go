@@ -59,7 +59,7 @@ func ask(ctx context.Context, c *nfnl.Conn, many int) error {
 	case err != nil:
 		return err
 	case ans[0].Errno != 0, ans[1].Errno != 0:
-		return fmt.Errorf("answers: %d, %d", ans[0].Errno, ans[1].Errno)
+		return fmt.Errorf("answers: %d, %d", int(ans[0].Errno), int(ans[1].Errno))
 	case len(ans[0].Objects) != 1 || len(ans[1].Objects) != many:
 		return fmt.Errorf("%d and %d objects, want 1 and %d", len(ans[0].Objects), len(ans[1].Objects), many)
 	}
