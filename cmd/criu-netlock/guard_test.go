@@ -290,52 +290,53 @@ func TestEarlyIsTheGuards(t *testing.T) {
 	}
 }
 
-// gc takes off what a checkpoint that is over has left, and nothing else.
+// gc takes off what a checkpoint that is over has left, and nothing else. It is about
+// every namespace of the host, so it gets a host of its own: no other test's, nor
+// anybody's, is to be seen from there.
 func TestGC(t *testing.T) {
-	file := filepath.Join(t.TempDir(), "netlock.toml")
-	if err := os.WriteFile(file, []byte("guard = false\n"), 0o600); err != nil {
-		t.Fatal(err)
+	netlocktest.Need(t, "unshare", "mount")
+	const script = `set -e
+umount -a -t nsfs || true; mount -t tmpfs tmpfs /run; mkdir /run/netns
+echo guard = false >/run/netlock.toml; export CRIU_NETLOCK_CONFIG=/run/netlock.toml
+task() {
+	unshare -n sleep 600 & task=$!
+	until [ "$(readlink /proc/$task/ns/net)" != "$(readlink /proc/self/ns/net)" ]; do :; done
+	: >/run/netns/$1; mount --bind /proc/$task/ns/net /run/netns/$1
+}
+hook='CRTOOLS_SCRIPT_ACTION=network-lock CRTOOLS_INIT_PID=$2 CRTOOLS_IMAGE_DIR=/proc/$$/fd/3 "$1" 2>/run/log || exit 1; $3'
+task busy; sh -c "$hook" criu "$0" $task 'exec sleep 600' &
+until grep -q result=locked /run/log 2>/dev/null; do :; done
+task stale; sh -c "$hook" criu "$0" $task true
+task stopped; sh -c "$hook" criu "$0" $task true; kill -STOP $task
+until grep -q '^State:.T' /proc/$task/status; do :; done
+task waiting; sh -c "$hook" criu "$0" $task true; kill -KILL $task; wait $task || true
+task hand; "$0" lock --netns hand >/dev/null
+echo -- list; "$0" list
+echo -- dry; "$0" gc --dry-run
+echo -- gc; "$0" gc
+echo -- left; for n in busy stale stopped waiting hand; do "$0" status --netns $n | head -1; done`
+	r := execute(t, nil, "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", script, program).want(t, 0)
+	part := func(name string) string {
+		_, s, _ := strings.Cut(r.stdout, "-- "+name+"\n")
+		s, _, _ = strings.Cut(s, "-- ")
+		return s
 	}
-	checkpoint := func() (*space, *fakeCRIU) {
-		s, c := newSpace(t), newCRIU(t, "CRIU_NETLOCK_CONFIG="+file)
-		c.ok(t, s.pid, "network-lock")
-		return s, c
-	}
-	busy, _ := checkpoint()
-	stale, dead := checkpoint()
-	dead.kill()
-	stopped, dead := checkpoint()
-	if err := unix.Kill(stopped.task.Process.Pid, unix.SIGSTOP); err != nil {
-		t.Fatal(err)
-	}
-	dead.kill()
-	eventually(t, "stopped", func() bool { return guard.Stopped(stopped.task.Process.Pid) })
-	waiting, dead := checkpoint()
-	name := waiting.name(t)
-	if err := waiting.task.Process.Kill(); err != nil {
-		t.Fatal(err)
-	}
-	_ = waiting.task.Wait()
-	dead.kill()
-	hand := newSpace(t)
-	run(t, "lock", "--pid", hand.pid).want(t, 0)
-
-	list := run(t, "list").want(t, 0).stdout
-	for _, want := range []string{"use        in use\n", "use        stale:", "use        stopped\n", "use        waiting for a restore\n", "use        by hand\n"} {
-		if !strings.Contains(list, want) {
-			t.Errorf("list does not say %q:\n%s", want, list)
+	for _, c := range []struct {
+		part string
+		says []string
+	}{
+		{"list", []string{"use        in use\n", "use        stale:", "use        stopped\n", "use        waiting for a restore\n", "use        by hand\n"}},
+		{"dry", []string{"/stale): stale, would be unlocked", "/waiting): waiting for a restore, left alone"}},
+		{"gc", []string{"/busy): in use, left alone", "/stale): stale, unlocked", "/stopped): stopped, left alone", "/waiting): waiting for a restore, left alone", "/hand): by hand, left alone"}},
+		{"left", []string{"(busy): locked", "(stale): not locked", "(stopped): locked", "(waiting): locked", "(hand): locked"}},
+	} {
+		for _, want := range c.says {
+			if !strings.Contains(part(c.part), want) {
+				t.Errorf("%s does not say %q: %v", c.part, want, r)
+			}
 		}
 	}
-	run(t, "gc", "--dry-run").want(t, 0, "stale, would be unlocked", "waiting for a restore, left alone")
-	if !stale.isLocked(t) {
-		t.Error("a dry run unlocked")
-	}
-	run(t, "gc").want(t, 0, "stale, unlocked", "in use, left alone", "by hand, left alone", "stopped, left alone")
-	for s, want := range map[*space]bool{busy: true, stale: false, stopped: true, hand: true} {
-		s.wantLocked(t, want)
-	}
-	run(t, "status", "--json", "--netns", name).want(t, 0, `"locked": true`)
-	run(t, "gc", "--pid", hand.pid).oneError(t, 2, "unknown flag")
+	run(t, "gc", "--pid", "1").oneError(t, 2, "unknown flag")
 }
 
 // The units that come with the program are ones that systemd takes.
