@@ -7,7 +7,6 @@ package iptables
 import (
 	"context"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"runtime"
 	"slices"
@@ -72,12 +71,14 @@ type sight struct {
 	// dead says why nothing in the table takes effect, though iptables prints it as
 	// it prints any other.
 	dead string
+	// base: one of our names is a base chain's, to which nothing can jump.
+	base bool
 }
 
 // exact tells whether there are as many rules and jumps as a lock has.
 func (s sight) exact(allow []netlock.Rule) bool {
 	for i, chain := range [2]string{chainIn, chainOut} {
-		want := len(specs(chain, families()[s.fam].v6, allow)) + 1
+		want := len(specs(chain, "lo", families()[s.fam].v6, allow)) + 1
 		for _, h := range hooks(s.name) {
 			if h[1] == chain {
 				want++
@@ -90,17 +91,18 @@ func (s sight) exact(allow []netlock.Rule) bool {
 	return s.dead == ""
 }
 
-// detect finds every spot where something of ours is.
-func detect(ctx context.Context) ([]sight, error) {
-	out, err := detectLegacy()
+// detect finds every spot where something of ours is, and the generation of the rules
+// of nf_tables. conn is nil where the kernel has no nf_tables.
+func detect(ctx context.Context, conn *nfnl.Conn) (out []sight, gen uint32, err error) {
+	out, err = detectLegacy()
 	if err != nil {
-		return nil, fmt.Errorf("read legacy tables: %w", err)
+		return nil, 0, fmt.Errorf("read legacy tables: %w", err)
 	}
-	more, err := detectNFT(ctx)
+	more, gen, err := detectNFT(ctx, conn)
 	if err != nil {
-		return nil, fmt.Errorf("read chains of nf_tables: %w", err)
+		return nil, 0, fmt.Errorf("read chains of nf_tables: %w", err)
 	}
-	return append(out, more...), nil
+	return append(out, more...), gen, nil
 }
 
 func detectLegacy() (out []sight, err error) {
@@ -282,20 +284,13 @@ func (f family) countUses(blob []byte) (uses [2]int) {
 
 // detectNFT asks nf_tables for each of our chains by name, which costs the same
 // however many rules there are.
-func detectNFT(ctx context.Context) ([]sight, error) {
-	conn, err := nfnl.Dial()
-	if errors.Is(err, unix.EPROTONOSUPPORT) || errors.Is(err, unix.EAFNOSUPPORT) {
-		return nil, nil
+func detectNFT(ctx context.Context, conn *nfnl.Conn) (out []sight, gen uint32, err error) {
+	if conn == nil {
+		return nil, 0, nil
 	}
-	if err != nil {
-		return nil, err
-	}
-	defer conn.Close()
 	// The tables first: mostly there is none, and every request costs an answer.
-	var (
-		spots []sight
-		reqs  []nfnl.Request
-	)
+	var spots []sight
+	reqs := []nfnl.Request{{Cmd: unix.NFT_MSG_GETGEN}}
 	for i := range 2 * len(tableNames) {
 		p := sight{spot: spot{NFT, i / 2, tableNames[i%2]}, uses: [2]int{-1, -1}}
 		spots = append(spots, p)
@@ -303,18 +298,30 @@ func detectNFT(ctx context.Context) ([]sight, error) {
 	}
 	ans, err := conn.Ask(ctx, reqs...)
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
-	reqs = nil
+	if ans[0].Errno == 0 {
+		for _, o := range ans[0].Objects {
+			nfnl.Walk(o.Attrs, func(typ uint16, b []byte) {
+				if typ == unix.NFTA_GEN_ID {
+					gen = nfnl.U32(b)
+				}
+			})
+		}
+	}
+	ans, reqs = ans[1:], nil
 	for i := len(spots) - 1; i >= 0; i-- {
 		switch e := ans[i].Errno; e {
 		case 0:
+			if owned(ans[i]) {
+				spots = slices.Delete(spots, i, i+1)
+			}
 		case unix.ENOENT:
 			spots = slices.Delete(spots, i, i+1)
 		case unix.EINVAL, unix.EOPNOTSUPP: // what a kernel without nf_tables says
-			return nil, nil
+			return nil, 0, nil
 		default:
-			return nil, e
+			return nil, 0, e
 		}
 	}
 	for _, p := range spots {
@@ -323,12 +330,11 @@ func detectNFT(ctx context.Context) ([]sight, error) {
 		}
 	}
 	if len(reqs) == 0 {
-		return nil, nil
+		return nil, gen, nil
 	}
 	if ans, err = conn.Ask(ctx, reqs...); err != nil {
-		return nil, err
+		return nil, 0, err
 	}
-	var out []sight
 	for i, p := range spots {
 		found := false
 		for j, a := range ans[2*i : 2*i+2] {
@@ -337,13 +343,16 @@ func detectNFT(ctx context.Context) ([]sight, error) {
 			case unix.ENOENT:
 				continue
 			default:
-				return nil, a.Errno
+				return nil, 0, a.Errno
 			}
 			for _, o := range a.Objects {
 				found = true
 				nfnl.Walk(o.Attrs, func(typ uint16, b []byte) {
-					if typ == unix.NFTA_CHAIN_USE {
+					switch typ {
+					case unix.NFTA_CHAIN_USE:
 						p.uses[j] = int(nfnl.U32(b))
+					case unix.NFTA_CHAIN_HOOK:
+						p.base = true
 					}
 				})
 			}
@@ -352,11 +361,22 @@ func detectNFT(ctx context.Context) ([]sight, error) {
 			continue
 		}
 		if p.dead, err = deadTable(ctx, conn, p.spot); err != nil {
-			return nil, err
+			return nil, 0, err
 		}
 		out = append(out, p)
 	}
-	return out, nil
+	return out, gen, nil
+}
+
+const nftaTableOwner = 7 // NFTA_TABLE_OWNER, Linux 5.12
+
+// owned: a live process owns the table. What is in it is that process's own, goes when
+// the process goes, and can be changed by nobody else.
+func owned(a nfnl.Answer) (yes bool) {
+	for _, o := range a.Objects {
+		nfnl.Walk(o.Attrs, func(typ uint16, b []byte) { yes = yes || typ == nftaTableOwner && nfnl.U32(b) != 0 })
+	}
+	return yes
 }
 
 // ask makes a request about a thing in the spot's table.
@@ -405,9 +425,13 @@ func deadTable(ctx context.Context, conn *nfnl.Conn, p spot) (string, error) {
 	}
 	for i, a := range ans[1:] {
 		num, prio := ^uint32(0), int32(0)
+		kind := ""
 		for _, o := range a.Objects {
 			nfnl.Walk(o.Attrs, func(typ uint16, b []byte) {
-				if typ == unix.NFTA_CHAIN_HOOK {
+				switch typ {
+				case unix.NFTA_CHAIN_TYPE:
+					kind = nfnl.Str(b)
+				case unix.NFTA_CHAIN_HOOK:
 					nfnl.Walk(b, func(typ uint16, b []byte) {
 						switch typ {
 						case unix.NFTA_HOOK_HOOKNUM:
@@ -422,8 +446,30 @@ func deadTable(ctx context.Context, conn *nfnl.Conn, p spot) (string, error) {
 		if why == "" && (num != hook[names[i]] || prio != priority) {
 			why = "has a chain " + names[i] + " that is not hooked where it belongs"
 		}
+		if why == "" && kind != "filter" { // one of type nat sees a connection's first packet only
+			why = "has a chain " + names[i] + " of type " + kind
+		}
 	}
 	return why, nil
+}
+
+// loopback is the name of the calling thread's namespace's loopback, which always has
+// the index 1. Another link can be called lo.
+func loopback() (string, error) {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return "", err
+	}
+	defer unix.Close(fd)
+	ifr, err := unix.NewIfreq("lo") // the kernel writes the name, and needs none
+	if err != nil {
+		return "", err
+	}
+	ifr.SetUint32(1) // ifr_ifindex
+	if err := unix.IoctlIfreq(fd, unix.SIOCGIFNAME, ifr); err != nil {
+		return "", fmt.Errorf("name of link 1: %w", err)
+	}
+	return ifr.Name(), nil
 }
 
 // missingMatch names a match that every lock needs and the kernel has not got; "" if

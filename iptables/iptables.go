@@ -27,6 +27,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/criu-netlock/criu-netlock/netlock"
+	"github.com/criu-netlock/criu-netlock/nft/nfnl"
 )
 
 // Name is the backend's name.
@@ -75,6 +76,12 @@ type session struct {
 	// fams is how many of families() the namespace has: IPv4, or both.
 	fams    int
 	comment string
+	// conn asks nf_tables; nil where the kernel has none. gen is the generation of its
+	// rules at the last look.
+	conn *nfnl.Conn
+	gen  uint32
+	// lo is the name of the loopback, which whoever lives there can change.
+	lo string
 	// put are the spots where this call put a lock, or may have.
 	put []spot
 	// kept are the spots where an intact lock of this variant was.
@@ -114,6 +121,21 @@ func (b *Backend) in(ctx context.Context, ns *netlock.Namespace, o netlock.Optio
 		if err := s.ended("start"); err != nil {
 			return err
 		}
+		conn, err := nfnl.Dial()
+		switch {
+		case errors.Is(err, unix.EPROTONOSUPPORT), errors.Is(err, unix.EAFNOSUPPORT):
+		case err != nil:
+			return s.fail(b.variant, "look for locks", fmt.Errorf("ask nf_tables: %w", err))
+		default:
+			s.conn = conn
+			defer func() {
+				if conn.Slow {
+					nfnl.Park(conn.Take())
+				} else {
+					conn.Close()
+				}
+			}()
+		}
 		if !emptyToo {
 			// This is what another backend's lock and unlock wait for.
 			if sights, err := s.detect(); err != nil || len(sights) == 0 {
@@ -127,6 +149,9 @@ func (b *Backend) in(ctx context.Context, ns *netlock.Namespace, o netlock.Optio
 		}
 		if has {
 			s.fams = 2
+		}
+		if s.lo, err = loopback(); err != nil {
+			return s.fail(b.variant, "look for the loopback", err)
 		}
 		defer func() { s.done() }()
 		return f(s)
@@ -228,11 +253,37 @@ type place struct {
 }
 
 func (s *session) detect() ([]sight, error) {
-	out, err := detect(s.ctx)
+	out, gen, err := detect(s.ctx, s.conn)
 	if err != nil {
 		return nil, s.fail(s.b.variant, "look for locks", err)
 	}
+	s.gen = gen
 	return out, nil
+}
+
+// readTable reads the table of a sight: of the nft variant as nf_tables has it, of the
+// other one as iptables-save prints it.
+func (s *session) readTable(at sight) (t table, err error) {
+	op := "read " + families()[at.fam].name + " table " + at.spot.name
+	if at.v == NFT {
+		if t, err = readNFT(s.ctx, s.conn, at); err != nil {
+			err = s.fail(NFT, op, err)
+		}
+		return t, err
+	}
+	text, err := s.tool(at.spot, op, "save", "", "-c", "-t", at.spot.name)
+	if err != nil {
+		return t, err
+	}
+	for _, saved := range parseSave(text) {
+		if saved.name == at.spot.name {
+			t = saved
+		}
+	}
+	if !t.found() {
+		err = s.fail(at.v, op, fmt.Errorf("%w: iptables-save does not show what is there", errChanged))
+	}
+	return t, err
 }
 
 // look finds everything of ours, in both variants. Where there is nothing it starts
@@ -245,24 +296,11 @@ func (s *session) look() (out []place, err error) {
 	var errs []error
 	for _, at := range sights {
 		p := place{sight: at}
-		f := families()[at.fam]
-		op := "read " + f.name + " table " + at.spot.name
-		text, err := s.tool(at.spot, op, "save", "", "-c", "-t", at.spot.name)
-		if err == nil {
-			for _, t := range parseSave(text) {
-				if t.name == at.spot.name {
-					p.table = t
-				}
-			}
-			if !p.found() {
-				err = s.fail(at.v, op, fmt.Errorf("%w: iptables-save does not show what is there", errChanged))
-			}
-		}
-		if err != nil {
+		if p.table, err = s.readTable(at); err != nil {
 			p.view.why, p.err = "table "+at.spot.name+" cannot be read", err
 			errs = append(errs, present(err))
 		} else {
-			p.view = p.judge(f.v6, s.o.Allow, at.dead)
+			p.view = p.judge(families()[at.fam].v6, s.lo, s.o.Allow, at.dead)
 		}
 		out = append(out, p)
 	}
@@ -368,6 +406,9 @@ func (s *session) lock(v Variant) (res netlock.Result, err error) {
 		if err := s.ended("lock"); err != nil {
 			return res, err
 		}
+		if !sayable(s.lo) {
+			return res, s.fail(v, "lock", fmt.Errorf("iptables cannot name the loopback, %q: rename it to lo, or use the backend nft", s.lo))
+		}
 		ps, err := s.look()
 		if again(err, try) {
 			continue
@@ -383,7 +424,9 @@ func (s *session) lock(v Variant) (res netlock.Result, err error) {
 			}
 			return netlock.Result{Backend: full(by), Already: len(s.put) == 0}, s.ended("lock")
 		}
-		err = s.complete(v, ps)
+		if err = s.complete(v, ps); err == nil {
+			err = s.trim()
+		}
 		// Where nothing is there a refusal has another reason than somebody's change.
 		if again(err, try) && (try == 1 || len(ps) > 0) {
 			continue
@@ -456,11 +499,17 @@ func (s *session) lockFamily(v Variant, fam int, ps []place) error {
 		}
 		t := table{name: name}
 		for _, p := range ps {
-			if p.spot == at {
-				t = p.table
+			if p.spot != at {
+				continue
+			}
+			if t = p.table; p.base {
+				// Nothing can jump there, so no lock goes with it.
+				if err := s.remove([]place{p}); err != nil {
+					return err
+				}
 			}
 		}
-		err := s.restore(at, "lock "+f.name+" table "+name, t.lockInput(f.v6, s.o.Allow, s.comment))
+		err := s.restore(at, "lock "+f.name+" table "+name, t.lockInput(f.v6, s.lo, s.o.Allow, s.comment))
 		if err == nil || s.ctx.Err() != nil {
 			s.put = append(s.put, at) // after the deadline: it may be there
 			return err
@@ -482,6 +531,30 @@ func (s *session) lockFamily(v Variant, fam int, ps []place) error {
 	return err
 }
 
+// trim removes what is left of former ways into the chains of the locks that this call
+// put into nf_tables. They have no words in which iptables-nft-restore could.
+func (s *session) trim() error {
+	if !slices.ContainsFunc(s.put, func(at spot) bool { return at.v == NFT }) {
+		return nil
+	}
+	sights, err := s.detect()
+	if err != nil {
+		return err
+	}
+	var changes []nfnl.Request
+	for _, at := range sights {
+		if at.v != NFT || !slices.Contains(s.put, at.spot) {
+			continue
+		}
+		t, err := s.readTable(at)
+		if err != nil {
+			return err
+		}
+		changes = append(changes, at.unhookNFT(t.surplus())...)
+	}
+	return s.commit("lock", changes)
+}
+
 // alone looks whether the lock that this call made or completed is all that is
 // there: somebody else may have locked at the same time, or the table may stop
 // nothing.
@@ -490,12 +563,30 @@ func (s *session) alone() (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	ok := len(sights) == s.fams
+	lo, err := loopback()
+	if err != nil {
+		return false, s.fail(s.b.variant, "look for the loopback", err)
+	}
+	ok := len(sights) == s.fams && lo == s.lo
+	s.lo = lo
 	for _, at := range sights {
 		if at.dead != "" {
 			s.useless[at.spot] = true
 		}
-		ok = ok && (slices.Contains(s.put, at.spot) || slices.Contains(s.kept, at.spot)) && at.exact(s.o.Allow)
+		put := slices.Contains(s.put, at.spot)
+		if ok = ok && at.dead == "" && (put || slices.Contains(s.kept, at.spot)); !ok {
+			continue
+		}
+		if at.v == Legacy {
+			ok = at.exact(s.o.Allow)
+			continue
+		}
+		t, err := s.readTable(at)
+		if err != nil {
+			return false, err
+		}
+		v6 := families()[at.fam].v6
+		ok = t.judge(v6, s.lo, s.o.Allow, "").why == "" || put && t.whole(s.lo, v6, s.o.Allow, s.comment)
 	}
 	return ok, nil
 }
@@ -543,26 +634,54 @@ func (s *session) sweep(which func(place) bool) (st netlock.State, err error) {
 	}
 }
 
-// remove takes everything of ours out of the places, by one process for each
-// variant and family.
+// remove takes everything of ours out of the places: of legacy by one process for each
+// family, of nf_tables by one batch.
 func (s *session) remove(ps []place) error {
 	var errs []error
-	for _, v := range []Variant{Legacy, NFT} {
-		for i, f := range families() {
-			var input strings.Builder
-			var at spot
-			for _, p := range ps {
-				if p.v == v && p.fam == i && p.err == nil {
-					at = p.spot
-					input.WriteString(p.unlockInput())
-				}
-			}
-			if input.Len() > 0 {
-				errs = append(errs, present(s.restore(at, "unlock "+f.name, input.String())))
+	var native []place
+	for i, f := range families() {
+		var input strings.Builder
+		var at spot
+		for _, p := range ps {
+			switch {
+			case p.err != nil || p.fam != i:
+			case p.v == NFT:
+				native = append(native, p)
+			default:
+				at = p.spot
+				input.WriteString(p.unlockInput())
 			}
 		}
+		if input.Len() > 0 {
+			errs = append(errs, present(s.restore(at, "unlock "+f.name, input.String())))
+		}
 	}
-	return s.join("unlock", errs...)
+	err := s.commit("unlock", clearNFT(native, true))
+	if errors.Is(err, unix.EBUSY) {
+		// Somebody's map leads to our chains, or a rule too large for the kernel to tell of.
+		// An empty chain stops nothing.
+		err = s.commit("unlock", clearNFT(native, false))
+	}
+	return s.join("unlock", append(errs, err)...)
+}
+
+// commit changes nf_tables as it was at the last look.
+func (s *session) commit(op string, changes []nfnl.Request) error {
+	if len(changes) == 0 {
+		return nil
+	}
+	err := s.conn.Commit(s.ctx, s.gen, changes...)
+	var batch *nfnl.BatchError
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, unix.ERESTART), errors.Is(err, unix.ENOENT),
+		errors.Is(err, nfnl.ErrUnsure) && s.ctx.Err() == nil,
+		// A process that took the table as its own; the next look passes it over.
+		errors.Is(err, unix.EPERM) && errors.As(err, &batch) && batch.Index > 0:
+		err = fmt.Errorf("%w: %w", errChanged, err)
+	}
+	return s.fail(NFT, op, err)
 }
 
 // Unlock removes every lock of either variant, from both families and tables.

@@ -31,14 +31,28 @@ func hooks(table string) [][2]string {
 	return [][2]string{{"INPUT", chainIn}, {"FORWARD", chainIn}, {"OUTPUT", chainOut}}
 }
 
+// sayable tells whether a rule of iptables can name a link and mean it alone: a + at
+// the end means every link with that beginning, and other characters are the parser's.
+func sayable(link string) bool {
+	for i := range len(link) {
+		switch c := link[i]; {
+		case c >= 'a' && c <= 'z', c >= 'A' && c <= 'Z', c >= '0' && c <= '9', c == '_':
+		case i > 0 && (c == '.' || c == '-'):
+		default:
+			return false
+		}
+	}
+	return link != ""
+}
+
 func ours(chain string) bool { return chain == chainIn || chain == chainOut }
 
 // specs is what one of our chains holds, but for the last rule, in the words and the
-// order of iptables-save.
-func specs(chain string, v6 bool, allow []netlock.Rule) []string {
-	dev := "-i lo"
+// order of iptables-save. lo is the name of the namespace's loopback.
+func specs(chain, lo string, v6 bool, allow []netlock.Rule) []string {
+	dev := "-i " + lo
 	if chain == chainOut {
-		dev = "-o lo"
+		dev = "-o " + lo
 	}
 	out := []string{dev + " -p tcp -m mark --mark " + criuMark + " -j ACCEPT"}
 	if v6 {
@@ -95,6 +109,11 @@ type rule struct {
 	spec    string // without "-A CHAIN"
 	packets uint64
 	match
+	// leads: it is a way into one of our chains, whatever else it says.
+	leads bool
+	// Of a rule that was read from nf_tables:
+	handle uint64
+	opaque bool // something in it is unknown
 }
 
 // match is what a rule says, as far as a lock uses it. What else it says is in rest,
@@ -140,12 +159,18 @@ func parseMatch(spec string) (m match) {
 		}
 	}
 	// Versions of iptables differ in how they print these.
-	if name, ok := map[string]string{"6": "tcp", "17": "udp", "132": "sctp", "1": "icmp", "58": "ipv6-icmp", "icmpv6": "ipv6-icmp"}[m.proto]; ok {
-		m.proto = name
-	}
+	m.proto = protoName(m.proto)
 	m.mark = strings.TrimSuffix(m.mark, "/0xffffffff")
 	m.src, m.dst = canonicalPrefix(m.src), canonicalPrefix(m.dst)
 	return m
+}
+
+// protoName is a protocol as we write it, if it is one that we write.
+func protoName(s string) string {
+	if name, ok := map[string]string{"6": "tcp", "17": "udp", "132": "sctp", "1": "icmp", "58": "ipv6-icmp", "icmpv6": "ipv6-icmp"}[s]; ok {
+		return name
+	}
+	return s
 }
 
 func canonicalPrefix(s string) string {
@@ -217,16 +242,21 @@ func parseSave(s string) []table {
 			out[len(out)-1].chains = append(out[len(out)-1].chains, name)
 		case strings.HasPrefix(line, "-A "):
 			chain, spec, _ := strings.Cut(line[3:], " ")
-			out[len(out)-1].rules = append(out[len(out)-1].rules, rule{chain, spec, packets, parseMatch(spec)})
+			out[len(out)-1].rules = append(out[len(out)-1].rules, newRule(chain, spec, packets))
 		}
 	}
 	return out
 }
 
+func newRule(chain, spec string, packets uint64) rule {
+	m := parseMatch(spec)
+	return rule{chain: chain, spec: spec, packets: packets, match: m, leads: ours(m.target)}
+}
+
 // jumps are the rules outside our chains that lead into one.
 func (t table) jumps() (out []rule) {
 	for _, r := range t.rules {
-		if ours(r.target) && !ours(r.chain) {
+		if r.leads && !ours(r.chain) {
 			out = append(out, r)
 		}
 	}
@@ -258,7 +288,7 @@ type view struct {
 
 // judge compares a table with the lock that we would put there. dead says why
 // nothing in the table takes effect, "" if it does.
-func (t table) judge(v6 bool, allow []netlock.Rule, dead string) view {
+func (t table) judge(v6 bool, lo string, allow []netlock.Rule, dead string) view {
 	v := view{locks: true}
 	blame := func(locks bool, format string, args ...any) {
 		v.locks = v.locks && locks
@@ -269,6 +299,9 @@ func (t table) judge(v6 bool, allow []netlock.Rule, dead string) view {
 	if dead != "" {
 		blame(false, "%s", dead)
 	}
+	if !sayable(lo) {
+		blame(false, "cannot name the loopback, %q", lo)
+	}
 	drop := match{target: "DROP"}
 	for _, chain := range []string{chainIn, chainOut} {
 		if !slices.Contains(t.chains, chain) {
@@ -276,7 +309,7 @@ func (t table) judge(v6 bool, allow []netlock.Rule, dead string) view {
 			continue
 		}
 		var want []match
-		for _, s := range specs(chain, v6, allow) {
+		for _, s := range specs(chain, lo, v6, allow) {
 			want = append(want, parseMatch(s))
 		}
 		want = append(want, drop)
@@ -332,24 +365,65 @@ func (t table) judge(v6 bool, allow []netlock.Rule, dead string) view {
 	return v
 }
 
+// whole tells whether a lock that was put in this moment is there as a whole, though
+// iptables-nft may have written its accepts in expressions that we do not know: nobody
+// else's rule is in its chains or before its jumps. It is no proof for later.
+func (t table) whole(lo string, v6 bool, allow []netlock.Rule, comment string) bool {
+	for _, chain := range []string{chainIn, chainOut} {
+		want := append(specs(chain, lo, v6, allow), dropSpec(comment))
+		got := t.of(chain)
+		if len(got) != len(want) {
+			return false
+		}
+		for i, s := range want {
+			m := parseMatch(s)
+			known := got[i].match == m
+			if !known && (!got[i].opaque || i == len(want)-1 || got[i].target != m.target) {
+				return false
+			}
+		}
+	}
+	return len(t.surplus()) == 0 && len(t.jumps()) == len(hooks(t.name))
+}
+
+// surplus are the ways into our chains but for the ones that a lock has.
+func (t table) surplus() (out []rule) {
+	first := map[string]bool{}
+	for _, r := range t.rules {
+		is := false
+		for _, h := range hooks(t.name) {
+			is = is || !first[r.chain] && r.chain == h[0] && r.match == match{target: h[1]}
+		}
+		first[r.chain] = true
+		if r.leads && !ours(r.chain) && !is {
+			out = append(out, r)
+		}
+	}
+	return out
+}
+
 // unhook deletes every jump to our chains by what it says. Never by its number: by
-// now that could be another rule's.
+// now that could be another rule's. What was read from nf_tables has no words, and is
+// deleted by its handle.
 func (t table) unhook(b *strings.Builder) {
 	for _, r := range t.jumps() {
+		if r.spec == "" {
+			continue
+		}
 		fmt.Fprintf(b, "-D %s %s\n", r.chain, r.spec)
 	}
 }
 
 // lockInput is what iptables-restore --noflush makes a lock from: one commit. Over
 // what is there of us it replaces it in the same commit.
-func (t table) lockInput(v6 bool, allow []netlock.Rule, comment string) string {
+func (t table) lockInput(v6 bool, lo string, allow []netlock.Rule, comment string) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "*%s\n", t.name)
 	// Naming a chain makes it, or empties it.
 	fmt.Fprintf(&b, ":%s - [0:0]\n:%s - [0:0]\n", chainIn, chainOut)
 	t.unhook(&b)
 	for _, chain := range []string{chainIn, chainOut} {
-		for _, s := range append(specs(chain, v6, allow), dropSpec(comment)) {
+		for _, s := range append(specs(chain, lo, v6, allow), dropSpec(comment)) {
 			fmt.Fprintf(&b, "-A %s %s\n", chain, s)
 		}
 	}

@@ -64,7 +64,7 @@ func lockText(name string) string {
 		b.WriteString("[9:540] -A " + h[0] + " -j " + h[1] + "\n")
 	}
 	for i, c := range []string{chainIn, chainOut} {
-		for _, s := range specs(c, false, nil) {
+		for _, s := range specs(c, "lo", false, nil) {
 			b.WriteString("[0:0] -A " + c + " " + s + "\n")
 		}
 		b.WriteString([]string{"[3:180]", "[4:240]"}[i] + " -A " + c + " " + dropSpec(netlock.Comment(moment, netlock.Caller{PID: 7, Name: "criu"})) + "\n")
@@ -113,7 +113,7 @@ func TestJudge(t *testing.T) {
 			}
 			text = strings.Replace(text, c.old, c.new, 1)
 		}
-		v := parseSave(text)[0].judge(false, nil, c.dead)
+		v := parseSave(text)[0].judge(false, "lo", nil, c.dead)
 		if v.locks != c.locks || (v.why == "") != (c.why == "") || !strings.Contains(v.why, c.why) {
 			t.Errorf("%s: locks %v, why %q; want %v, %q", name, v.locks, v.why, c.locks, c.why)
 		}
@@ -152,7 +152,7 @@ COMMIT
 -I OUTPUT 1 -j CRIU-NETLOCK-OUT
 COMMIT
 `
-	if got := tab.lockInput(false, nil, c); got != want {
+	if got := tab.lockInput(false, "lo", nil, c); got != want {
 		t.Errorf("lock:\n%s\nwant:\n%s", got, want)
 	}
 	want = "*raw\n" + deletes + "-F CRIU-NETLOCK-IN\n-X CRIU-NETLOCK-IN\nCOMMIT\n"
@@ -229,7 +229,7 @@ func FuzzSave(f *testing.F) {
 	f.Add("*raw\n[1:2] -A CRIU-NETLOCK-IN \"\n:\n[x\n-A \n")
 	f.Fuzz(func(t *testing.T, s string) {
 		for _, tab := range parseSave(s) {
-			v := tab.judge(true, nil, "")
+			v := tab.judge(true, "lo", nil, "")
 			if v.why == "" && !v.locks {
 				t.Fatal("intact and does not lock")
 			}

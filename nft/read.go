@@ -75,30 +75,13 @@ func parseRule(o nfnl.Object) (r rule) {
 			r.text, r.packets = exprsText(b)
 		case unix.NFTA_RULE_USERDATA:
 			r.udata = true
-			r.comment = commentOf(b)
+			r.comment = nfnl.Comment(b)
 		}
 	})
 	if !sound {
 		r.text = "malformed"
 	}
 	return r
-}
-
-// commentOf finds the comment in a rule's user data, which anybody in the
-// namespace can fill with anything. (userdata.Get of google/nftables panics on a
-// length that is too long: found by FuzzRead.)
-func commentOf(b []byte) string {
-	for len(b) >= 2 {
-		typ, size := b[0], int(b[1])
-		if b = b[2:]; size > len(b) {
-			return ""
-		}
-		if typ == 0 { // NFTNL_UDATA_RULE_COMMENT
-			return nfnl.Str(b[:size])
-		}
-		b = b[size:]
-	}
-	return ""
 }
 
 // malformed stands in a canonical text for what cannot be parsed; no rule of ours

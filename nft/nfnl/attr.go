@@ -59,3 +59,20 @@ func Str(b []byte) string {
 	}
 	return string(b)
 }
+
+// Comment finds the comment in a rule's user data, which anybody in the
+// namespace can fill with anything. (userdata.Get of google/nftables panics on a
+// length that is too long: found by FuzzRead.)
+func Comment(b []byte) string {
+	for len(b) >= 2 {
+		typ, size := b[0], int(b[1])
+		if b = b[2:]; size > len(b) {
+			return ""
+		}
+		if typ == 0 { // NFTNL_UDATA_RULE_COMMENT
+			return Str(b[:size])
+		}
+		b = b[size:]
+	}
+	return ""
+}

@@ -79,7 +79,7 @@ func (c *Conn) Take() int {
 	return fd
 }
 
-// Request is one question to nf_tables.
+// Request is one question to nf_tables, or one change of it.
 type Request struct {
 	Cmd    uint8 // unix.NFT_MSG_*
 	Dump   bool  // all objects; only the last of several requests may be a dump
@@ -246,6 +246,7 @@ type BatchError struct {
 var cmdNames = map[uint16]string{
 	unix.NFT_MSG_NEWTABLE: "create table", unix.NFT_MSG_DELTABLE: "delete table", msgDestroyTable: "destroy table",
 	unix.NFT_MSG_NEWCHAIN: "create chain", unix.NFT_MSG_NEWRULE: "create rule",
+	unix.NFT_MSG_DELCHAIN: "delete chain", unix.NFT_MSG_DELRULE: "delete rule",
 }
 
 const msgDestroyTable = 26 // NFT_MSG_DESTROYTABLE, Linux 6.3
@@ -292,8 +293,11 @@ func (c *Conn) Batch(ctx context.Context, msgs []netlink.Message) error {
 			flags |= unix.NLM_F_ACK
 		}
 		b = appendMsg(b, uint16(m.Header.Type), flags, c.seq, m.Data, nil)
-		if cmd := uint16(m.Header.Type) & 0xff; i > 0 && i <= last && (cmd == unix.NFT_MSG_DELTABLE || cmd == msgDestroyTable) {
-			c.Slow = true
+		if i > 0 && i <= last {
+			switch uint16(m.Header.Type) & 0xff {
+			case unix.NFT_MSG_DELTABLE, unix.NFT_MSG_DELCHAIN, unix.NFT_MSG_DELRULE, msgDestroyTable:
+				c.Slow = true
+			}
 		}
 	}
 	if err := c.send(ctx, b); err != nil {
@@ -329,6 +333,24 @@ func (c *Conn) Batch(ctx context.Context, msgs []netlink.Message) error {
 	// One error comes for each message at fault; read them away.
 	_ = c.drain(ctx)
 	return refusal
+}
+
+// Commit makes all changes in one Batch. With a generation other than 0 the kernel
+// refuses them (ERESTART) if the rule set has changed since.
+func (c *Conn) Commit(ctx context.Context, gen uint32, changes ...Request) error {
+	msg := func(typ int, data []byte) netlink.Message {
+		return netlink.Message{Header: netlink.Header{Type: netlink.HeaderType(typ), Flags: netlink.Request}, Data: data}
+	}
+	subsys := []byte{unix.AF_UNSPEC, unix.NFNETLINK_V0, 0, unix.NFNL_SUBSYS_NFTABLES}
+	begin := subsys[:len(subsys):len(subsys)]
+	if gen != 0 {
+		begin = Attr(begin, unix.NFNL_BATCH_GENID, binary.BigEndian.AppendUint32(nil, gen))
+	}
+	msgs := []netlink.Message{msg(unix.NFNL_MSG_BATCH_BEGIN, begin)}
+	for _, r := range changes {
+		msgs = append(msgs, msg(unix.NFNL_SUBSYS_NFTABLES<<8|int(r.Cmd), append([]byte{r.Family, unix.NFNETLINK_V0, 0, 0}, r.Attrs...)))
+	}
+	return c.Batch(ctx, append(msgs, msg(unix.NFNL_MSG_BATCH_END, subsys)))
 }
 
 func appendMsg(b []byte, typ, flags uint16, seq uint32, data, more []byte) []byte {
