@@ -32,6 +32,7 @@ type run struct {
 	streams map[string]*traffic.Stream
 	rules   string
 	failAt  string                  // the hook that the test makes fail
+	dies    bool                    // the tasks do not live through the dump
 	killAt  string                  // the hook at which the test kills CRIU, in place of that
 	at      map[string]func() error // what the test does at a hook, before it looks
 	errs    []error
@@ -158,6 +159,7 @@ func (r *run) do(what, failAt string, f func() error) []string {
 
 func (r *run) dump(failAt string, leaveRunning bool) []string {
 	r.t.Helper()
+	r.dies = !leaveRunning && failAt == ""
 	return r.do("dump", failAt, func() error { return r.e.Dump(r.ctx, leaveRunning) })
 }
 

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"strconv"
 	"strings"
 
 	"github.com/criu-netlock/criu-netlock/netlock"
@@ -22,7 +23,7 @@ const (
 	GatewayV4, GatewayV6 = "10.200.7.254", "fd00:c21f::254"
 	SubnetV4, SubnetV6   = "10.200.7.0/24", "fd00:c21f::/64"
 	ContainerMAC         = "02:00:00:00:00:02"
-	peerPort             = "peer0"
+	peerPort, trunk      = "peer0", "trunk0"
 )
 
 // Net is a peer: a network namespace with a bridge, to which a container's veth
@@ -64,6 +65,31 @@ func (s *Session) NewLAN(ctx context.Context, name string) (_ *Net, err error) {
 		return nil, err
 	}
 	return n, nil
+}
+
+// Extend makes a bridge in another session apart and joins it to this one: two hosts
+// on one network. The peer is the same.
+func (n *Net) Extend(ctx context.Context, to *Session) (*Net, error) {
+	if !n.s.apart || !to.apart {
+		return nil, errors.New("extend a network: both sessions must be apart")
+	}
+	if err := to.batch(ctx, "/proc/1/ns/net",
+		"link set lo up",
+		"link add "+Bridge+" type bridge forward_delay 0 mcast_snooping 0",
+		"link set "+Bridge+" up"); err != nil {
+		return nil, err
+	}
+	// From the machine, which alone sees the processes of both.
+	cmd := exec.CommandContext(ctx, "nsenter", "--net="+n.s.Path(n.host), "ip", "-batch", "-")
+	cmd.Stdin = strings.NewReader("link add " + trunk + " type veth peer name " + trunk + " netns " + strconv.Itoa(to.init.Process.Pid) + "\n" +
+		"link set " + trunk + " master " + Bridge + " up\n")
+	if _, err := output(cmd, cmd.Args); err != nil {
+		return nil, err
+	}
+	if err := to.batch(ctx, "/proc/1/ns/net", "link set "+trunk+" master "+Bridge+" up"); err != nil {
+		return nil, err
+	}
+	return &Net{s: to, name: n.name, host: "/proc/1/ns/net", Peer: n.Peer}, nil
 }
 
 // NewNet makes a peer.
@@ -111,13 +137,18 @@ func (n *Net) Attach(ctx context.Context, target, netns string) error {
 	)
 }
 
+// Unplug takes the bridge's port down: what the peer sends gets no farther.
+func (n *Net) Unplug(ctx context.Context) error {
+	return n.s.batch(ctx, n.host, "link set "+Port+" down")
+}
+
 // Detached waits until the bridge's port is gone: a network namespace dies some
 // time after its last process.
 func (n *Net) Detached(ctx context.Context) error {
 	return Poll(ctx, func() error {
 		out, err := n.s.RunIn(ctx, n.host, "ip", "-o", "link", "show", "type", "veth")
 		for line := range strings.Lines(out) {
-			if err == nil && !strings.Contains(line, ": "+peerPort+"@") {
+			if err == nil && !strings.Contains(line, ": "+peerPort+"@") && !strings.Contains(line, ": "+trunk+"@") {
 				err = fmt.Errorf("still there: %s", strings.TrimSpace(line))
 			}
 		}
