@@ -138,7 +138,7 @@ func (c *Container) lastFirst() []string {
 
 // CLI is CRIU by its command line, on a process tree in a network namespace of
 // its own: the namespace is dumped and restored with the tasks. CRIU itself runs
-// in the peer, where it puts the other end of the veth.
+// where the bridge is, to which it puts the other end of the veth.
 type CLI struct {
 	Container
 	// Shared puts the workload into CRIU's own namespace instead, the way a container
@@ -172,7 +172,7 @@ func (e *CLI) Start(ctx context.Context) error {
 	if !e.Shared {
 		argv = slices.Insert(argv, 5, "unshare", "--net", "--")
 	}
-	if _, err := e.S.RunIn(ctx, e.Net.Path(), argv...); err != nil {
+	if _, err := e.S.RunIn(ctx, e.Net.host, argv...); err != nil {
 		return err
 	}
 	pid, err := readPid(filepath.Join(host, "pid"))
@@ -204,8 +204,18 @@ func (e *CLI) criu(ctx context.Context, verb string, args ...string) error {
 	for _, s := range e.lastFirst() {
 		argv = append(argv, "--action-script", s)
 	}
-	_, err = e.S.RunIn(ctx, e.Net.Path(), argv...)
+	_, err = e.S.RunIn(ctx, e.Net.host, argv...)
 	return e.withLog(err)
+}
+
+// Take copies the images of a dump that another session made of a container with the
+// same ID, as a migration would.
+func (c *Container) Take(from *Session) error {
+	host, _ := c.dir("images")
+	if err := os.RemoveAll(host); err != nil {
+		return err
+	}
+	return os.CopyFS(host, os.DirFS(filepath.Join(from.Work, c.ID, "images")))
 }
 
 // Dump is criu dump.
@@ -341,6 +351,10 @@ func (e *Runc) quiet(ctx context.Context, args ...string) error {
 func (e *Runc) bundle(ctx context.Context) error {
 	host, inside := e.dir()
 	rootfs := filepath.Join(host, "rootfs")
+	// A test that runs twice finds the first time's.
+	if err := os.RemoveAll(host); err != nil {
+		return err
+	}
 	if err := os.MkdirAll(rootfs, 0o755); err != nil {
 		return err
 	}

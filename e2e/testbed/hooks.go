@@ -53,7 +53,7 @@ func (s *Session) ListenHooks() (*Hooks, error) {
 			if err != nil {
 				return
 			}
-			h.serve(c)
+			h.wg.Go(func() { h.serve(c) })
 		}
 	})
 	return h, nil
@@ -82,8 +82,8 @@ func (h *Hooks) serve(c *net.UnixConn) {
 	c.Write([]byte(answer + "\n"))
 }
 
-// Handle sets what answers the hooks from now on, one at a time; an error makes
-// CRIU's script fail. It forgets the hooks seen before.
+// Handle sets what answers the hooks from now on, those of two CRIUs at the same
+// time; an error makes CRIU's script fail. It forgets the hooks seen before.
 func (h *Hooks) Handle(f func(Hook) error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
