@@ -32,7 +32,7 @@ type run struct {
 	streams map[string]*traffic.Stream
 	rules   string
 	failAt  string                  // the hook that the test makes fail
-	dies    bool                    // the tasks do not live through the dump
+	diesAt  string                  // the hook that is the last before the tasks die
 	killAt  string                  // the hook at which the test kills CRIU, in place of that
 	at      map[string]func() error // what the test does at a hook, before it looks
 	errs    []error
@@ -159,7 +159,10 @@ func (r *run) do(what, failAt string, f func() error) []string {
 
 func (r *run) dump(failAt string, leaveRunning bool) []string {
 	r.t.Helper()
-	r.dies = !leaveRunning && failAt == ""
+	r.diesAt = ""
+	if !leaveRunning && failAt == "" {
+		r.diesAt = "post-dump"
+	}
 	return r.do("dump", failAt, func() error { return r.e.Dump(r.ctx, leaveRunning) })
 }
 
@@ -167,6 +170,10 @@ func (r *run) restore(failAt string) []string {
 	r.t.Helper()
 	if r.renewed {
 		r.silence()
+	}
+	r.diesAt = failAt
+	if failAt == "setup-namespaces" {
+		r.diesAt = "" // it has no link yet
 	}
 	return r.do("restore", failAt, func() error { return r.e.Restore(r.ctx) })
 }

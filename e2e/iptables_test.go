@@ -66,6 +66,9 @@ func TestIPTables(t *testing.T) {
 				case h.PIDSet:
 					errs = append(errs, ours(h.Action, path, false))
 				}
+				if h.Action == "post-dump" {
+					return f.unplug()
+				}
 				return nil
 			})
 			if err := f.e.Dump(f.ctx, false); err != nil {

@@ -202,6 +202,8 @@ func TestHalfClosed(t *testing.T) {
 
 			f.l.hooks.Handle(func(hook testbed.Hook) error {
 				switch hook.Action {
+				case "post-dump":
+					return f.unplug()
 				case "network-lock", "post-setup-namespaces", "post-restore":
 					return f.locked(hook.Action, "/proc/"+hook.PID+"/ns/net")
 				}

@@ -151,7 +151,7 @@ type Root struct {
 const stamp = "etc/criu-netlock-testbed"
 
 // Tools are the programs of the machine that building and entering a root needs.
-var Tools = []string{"debootstrap", "mount", "pivot_root", "nsenter"}
+var Tools = []string{"debootstrap", "mount", "pivot_root", "nsenter", "unshare"}
 
 // Ensure returns the recipe's root and builds it if it is missing or broken.
 // Processes that do so at the same time wait for one another. progress is told

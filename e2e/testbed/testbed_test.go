@@ -113,10 +113,25 @@ func TestLockFile(t *testing.T) {
 	}
 }
 
+// The two roots are beside each other, wherever the user wants them.
+func TestRecipeDir(t *testing.T) {
+	for _, env := range []string{"", filepath.Join(t.TempDir(), "root")} {
+		t.Setenv(EnvDir, env)
+		if a, b := Default().Dir(), Engines().Dir(); a == b || filepath.Dir(a) != filepath.Dir(b) {
+			t.Errorf("%s=%s: the default root is in %s, the engines' in %s", EnvDir, env, a, b)
+		}
+	}
+}
+
 func TestRecipeHash(t *testing.T) {
 	a, b := Default(), Default()
 	b.Packages = append(b.Packages, "lxc")
 	if a.hash() != Default().hash() || a.hash() == b.hash() {
 		t.Errorf("the hash must follow the recipe and nothing else: %s, %s", a.hash(), b.hash())
+	}
+	c, d := Engines(), Engines()
+	d.Files["etc/lxc/lxc.conf"] += "# changed\n"
+	if c.hash() == d.hash() {
+		t.Error("a changed file makes no other root")
 	}
 }
