@@ -355,6 +355,9 @@ func (k *checker) criuFiles(files []criuFile, v criuVersion) (scripts []script) 
 		}
 	}
 	k.scripts(scripts, v)
+	if anyOurs(scripts) {
+		k.ok("images", "of a container with a network namespace of its own (LXC, plain CRIU) contain the lock: a host that restores them needs criu-netlock too, or nft delete table inet criu-netlock in the namespace")
+	}
 	if anyOurs(scripts) && ownLock != "skip" {
 		k.warn("CRIU's own lock", "put network-lock skip in /etc/criu/default.conf (CRIU 3.19 or newer), never in runc.conf or crun.conf", "is in use beside ours, which is sound but slower")
 	}

@@ -124,6 +124,9 @@ func (c *cli) suits(e setup.Engine, w *setup.Want) (notes []string, err error) {
 	case "lxc":
 		note("or, without this file: lxc-checkpoint -A %s -s -n NAME -D DIR, and -A with -r too; not both", w.Program)
 	}
+	if !e.RPC {
+		note("an image of a container with a network namespace of its own contains the lock: a host that restores it needs criu-netlock too, or it stays locked there")
+	}
 	if !w.ReplaceLock {
 		note("CRIU's own lock stays in use beside ours, which is sound but slower; --replace-criu-lock turns it off")
 	}

@@ -111,7 +111,7 @@ func TestSetupKnowsTheEngines(t *testing.T) {
 	if got := m.read(t, "runc.conf"); !strings.Contains(got, "\ntcp-established\n") {
 		t.Errorf("runc.conf:\n%s", got)
 	}
-	m.setup(t, "lxc", "--yes", "--replace-criu-lock").want(t, 0, "lxc-checkpoint -A "+program, "names the program too")
+	m.setup(t, "lxc", "--yes", "--replace-criu-lock").want(t, 0, "lxc-checkpoint -A "+program, "names the program too", "contains the lock")
 	if got := m.read(t, "default.conf"); !strings.Contains(got, "\nnetwork-lock skip\n") {
 		t.Errorf("default.conf:\n%s", got)
 	}
@@ -152,7 +152,7 @@ func TestCheckEngines(t *testing.T) {
 	for _, want := range []string{
 		`"what": "runc",\n`, "run criu-netlock setup runc", "run criu-netlock setup docker", "lxc-checkpoint -A",
 		"calls criu-netlock, by /etc/criu/runc.conf:2",
-		"docker checkpoint needs an experimental daemon",
+		"docker checkpoint needs an experimental daemon", "contain the lock",
 	} {
 		if !strings.Contains(r.stdout, strings.ReplaceAll(want, "\\n", "\n")) {
 			t.Errorf("%q is wanted: %v", want, r)
