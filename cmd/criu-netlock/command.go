@@ -40,6 +40,19 @@ func (e errs) all() error {
 	return e
 }
 
+// flat is all errors as one list.
+func flat(all ...error) error {
+	var bad errs
+	for _, e := range all {
+		if list, ok := e.(errs); ok { //nolint:errorlint // not wrapped: it is flattened
+			bad = append(bad, list...)
+		} else if e != nil {
+			bad = append(bad, e)
+		}
+	}
+	return bad.all()
+}
+
 func inputError(format string, args ...any) error {
 	return &netlock.Error{Kind: netlock.KindInput, Err: fmt.Errorf(format, args...)}
 }
@@ -519,15 +532,7 @@ func (c *cli) unlock() error {
 		})
 		return out, findErr
 	})
-	var bad errs
-	for _, e := range []error{err, c.report(out), fileErr} {
-		if list, ok := e.(errs); ok { //nolint:errorlint // not wrapped: it is flattened
-			bad = append(bad, list...)
-		} else if e != nil {
-			bad = append(bad, e)
-		}
-	}
-	return bad.all()
+	return flat(err, c.report(out), fileErr)
 }
 
 // statusJSON is a State in the form that scripts read.

@@ -65,15 +65,7 @@ func (c *cli) gc() error {
 		})
 		return out, findErr
 	})
-	var bad errs
-	for _, e := range []error{err, c.report(out), fileErr} {
-		if list, ok := e.(errs); ok { //nolint:errorlint // not wrapped: it is flattened
-			bad = append(bad, list...)
-		} else if e != nil {
-			bad = append(bad, e)
-		}
-	}
-	return bad.all()
+	return flat(err, c.report(out), fileErr)
 }
 
 // collect unlocks one namespace, in turn with hooks and guards, if its lock is still the
