@@ -7,6 +7,12 @@
 //     which the next Lock completes and the next Unlock removes.
 //   - There are two kinds of iptables with rules of their own, legacy and nft. Lock
 //     uses one, Unlock and State look in both.
+//   - iptables-nft-save hides what it does not know, so the nft variant's rules are read,
+//     and removed, by netlink. A lock that an iptables wrote in a form not known here
+//     locks, but is never found intact: the next Lock puts it in anew.
+//   - Rules name the loopback: iptables knows no index. Whoever lives in the namespace
+//     can give its name to another link after a Lock, and TCP with CRIU's mark passes
+//     there until the next Lock; State says that such a lock is not intact.
 //   - The first use makes a table that the kernel keeps, empty, after Unlock.
 //   - Whatever the legacy programs change in a table, they begin the counters of its
 //     policies anew. Rules keep theirs.
@@ -656,13 +662,21 @@ func (s *session) remove(ps []place) error {
 			errs = append(errs, present(s.restore(at, "unlock "+f.name, input.String())))
 		}
 	}
-	err := s.commit("unlock", clearNFT(native, true))
-	if errors.Is(err, unix.EBUSY) {
-		// Somebody's map leads to our chains, or a rule too large for the kernel to tell of.
-		// An empty chain stops nothing.
-		err = s.commit("unlock", clearNFT(native, false))
+	return s.join("unlock", append(errs, s.clear(clearNFT(native)))...)
+}
+
+// clear makes the changes of an unlock, but for the removal of chains to which something
+// leads that is not ours to remove: somebody's map, or a rule too large for the kernel to
+// tell of. They stay, and empty they stop nothing.
+func (s *session) clear(changes []nfnl.Request) error {
+	for {
+		err := s.commit("unlock", changes)
+		var batch *nfnl.BatchError
+		if !errors.Is(err, unix.EBUSY) || !errors.As(err, &batch) || batch.Index == 0 || changes[batch.Index-1].Cmd != unix.NFT_MSG_DELCHAIN {
+			return err
+		}
+		changes = slices.Delete(changes, batch.Index-1, batch.Index)
 	}
-	return s.join("unlock", append(errs, err)...)
 }
 
 // commit changes nf_tables as it was at the last look.

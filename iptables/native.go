@@ -18,12 +18,12 @@ import (
 	"github.com/criu-netlock/criu-netlock/nft/nfnl"
 )
 
-// readNFT reads a table of nf_tables. Without one there is nothing to read.
+// readNFT reads the table of a sight.
 func readNFT(ctx context.Context, conn *nfnl.Conn, p sight) (table, error) {
 	t := table{name: p.name}
-	reqs := []nfnl.Request{p.ask(unix.NFT_MSG_GETRULE, unix.NFTA_RULE_TABLE, 0, "")}
-	reqs[0].Dump = true
-	ans, err := conn.Ask(ctx, reqs...)
+	req := p.ask(unix.NFT_MSG_GETRULE, unix.NFTA_RULE_TABLE, 0, "")
+	req.Dump = true
+	ans, err := conn.Ask(ctx, req)
 	if err != nil {
 		return t, err
 	}
@@ -37,7 +37,10 @@ func readNFT(ctx context.Context, conn *nfnl.Conn, p sight) (table, error) {
 	}
 	v6 := families()[p.fam].v6
 	for _, o := range ans[0].Objects {
-		t.rules = append(t.rules, parseRule(o, v6))
+		// Old kernels tell of all tables of the family.
+		if r := parseRule(o, v6); r.table == p.name {
+			t.rules = append(t.rules, r)
+		}
 	}
 	return t, nil
 }
@@ -47,6 +50,8 @@ func parseRule(o nfnl.Object, v6 bool) (r rule) {
 	comment := ""
 	sound := nfnl.Walk(o.Attrs, func(typ uint16, b []byte) {
 		switch typ {
+		case unix.NFTA_RULE_TABLE:
+			r.table = nfnl.Str(b)
 		case unix.NFTA_RULE_CHAIN:
 			r.chain = nfnl.Str(b)
 		case unix.NFTA_RULE_HANDLE:
@@ -259,7 +264,7 @@ func (d *decoder) cmp(l *load, op uint32, v []byte) bool {
 		return false
 	case network && l.size == 1 && len(v) == 1 && (!d.v6 && l.off == 9 || d.v6 && l.off == 6): // before 1.8.6
 		d.set(&d.proto, protoName(strconv.Itoa(int(v[0]))))
-	case transport(0, 1) && d.v6: // before the protocol's check it is odd in any case
+	case transport(0, 1) && d.v6:
 		d.set(&d.icmpType, strconv.Itoa(int(v[0])))
 	case transport(0, 2):
 		d.set(&d.sport, port(v))
@@ -367,9 +372,9 @@ func (d *decoder) xtMatch(name string, rev uint32, b []byte) bool {
 	return true
 }
 
-// clear is the change that takes everything of ours out of places, whatever else is in
+// clearNFT is the change that takes everything of ours out of places, whatever else is in
 // their tables: the ways into our chains by their handles, then the chains.
-func clearNFT(ps []place, chainsToo bool) (changes []nfnl.Request) {
+func clearNFT(ps []place) (changes []nfnl.Request) {
 	var last []nfnl.Request
 	for _, p := range ps {
 		changes = append(changes, p.unhookNFT(p.jumps())...)
@@ -378,10 +383,7 @@ func clearNFT(ps []place, chainsToo bool) (changes []nfnl.Request) {
 			last = append(last, p.ask(unix.NFT_MSG_DELCHAIN, unix.NFTA_CHAIN_TABLE, unix.NFTA_CHAIN_NAME, c))
 		}
 	}
-	if chainsToo {
-		changes = append(changes, last...)
-	}
-	return changes
+	return append(changes, last...)
 }
 
 func (p sight) unhookNFT(rules []rule) (changes []nfnl.Request) {

@@ -112,6 +112,7 @@ type rule struct {
 	// leads: it is a way into one of our chains, whatever else it says.
 	leads bool
 	// Of a rule that was read from nf_tables:
+	table  string
 	handle uint64
 	opaque bool // something in it is unknown
 }

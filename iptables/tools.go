@@ -6,6 +6,9 @@ package iptables
 func Tools(v Variant) (paths []string, err error) {
 	for _, f := range families() {
 		for _, verb := range []string{"restore", "save"} {
+			if v == NFT && verb == "save" {
+				continue // its rules are read by netlink
+			}
 			p, e := findTool(v, f, verb)
 			if e != nil {
 				err = e
