@@ -386,9 +386,9 @@ func clearNFT(ps []place) (changes []nfnl.Request) {
 	return append(changes, last...)
 }
 
-func (p sight) unhookNFT(rules []rule) (changes []nfnl.Request) {
+func (s sight) unhookNFT(rules []rule) (changes []nfnl.Request) {
 	for _, r := range rules {
-		del := p.ask(unix.NFT_MSG_DELRULE, unix.NFTA_RULE_TABLE, unix.NFTA_RULE_CHAIN, r.chain)
+		del := s.ask(unix.NFT_MSG_DELRULE, unix.NFTA_RULE_TABLE, unix.NFTA_RULE_CHAIN, r.chain)
 		del.Attrs = nfnl.Attr(del.Attrs, unix.NFTA_RULE_HANDLE, binary.BigEndian.AppendUint64(nil, r.handle))
 		changes = append(changes, del)
 	}
