@@ -8,6 +8,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -142,6 +143,25 @@ func TestUnprintable(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A chain of type nat sees no more than a connection's first packet.
+func TestChainOfAnotherType(t *testing.T) {
+	netlocktest.Need(t, "iptables-nft-restore", "nft")
+	n := netlocktest.NewNS(t)
+	lock(t, noRaw(New(NFT)), n)
+	wantIntact(t, n, NFT)
+	n.Run("", "nft", "flush chain ip filter INPUT; delete chain ip filter INPUT;"+
+		"add chain ip filter INPUT { type nat hook input priority 0; }; add rule ip filter INPUT counter jump "+chainIn)
+	if st := state(t, New(NFT), n); !st.Found || st.Locked || st.Intact {
+		t.Errorf("%+v", st)
+	}
+	if res := lock(t, New(NFT), n); res.Already {
+		t.Error("left alone")
+	}
+	wantIntact(t, n, NFT)
+	unlock(t, New(NFT), n)
+	wantNothing(t, n)
 }
 
 // Rules that an older iptables-nft wrote are the same rules.
@@ -299,6 +319,22 @@ func TestLoopbackRenamed(t *testing.T) {
 		unlock(t, New(v), n)
 		wantNothing(t, n)
 
+		// Renamed while the lock goes in.
+		b := New(v)
+		to := "new-lo"
+		b.run = func(ctx context.Context, path, stdin string, args ...string) (string, error) {
+			if to != "" {
+				rename("lo", to)
+				to = ""
+			}
+			return runCommand(ctx, path, stdin, args...)
+		}
+		lock(t, b, n)
+		wantIntact(t, n, v)
+		unlock(t, New(v), n)
+		wantNothing(t, n)
+		rename("new-lo", "lo")
+
 		// A name that iptables takes for a pattern, or for something else.
 		for _, name := range []string{"l+", "-j", `"`, "!"} {
 			lock(t, New(v), n)
@@ -334,6 +370,51 @@ func TestWithoutTools(t *testing.T) {
 	if len(*calls) > 0 {
 		t.Errorf("ran %v", *calls)
 	}
+}
+
+// Somebody who changes other rules of nf_tables all the time delays us, and no more: what
+// was read is what is removed, and is read again until it is.
+func TestRulesKeepChanging(t *testing.T) {
+	netlocktest.Need(t, "iptables-nft-restore")
+	n := netlocktest.NewNS(t)
+	var stop atomic.Bool
+	changes := make(chan int)
+	go func() {
+		made := 0
+		defer func() { changes <- made }()
+		err := n.Do(func() error {
+			conn, err := nfnl.Dial()
+			if err != nil {
+				return err
+			}
+			defer conn.Close()
+			name := nfnl.AttrString(nil, unix.NFTA_TABLE_NAME, "storm")
+			for ; !stop.Load(); made++ {
+				for _, cmd := range []uint8{unix.NFT_MSG_NEWTABLE, unix.NFT_MSG_DELTABLE} {
+					if err := conn.Commit(context.Background(), 0, nfnl.Request{Cmd: cmd, Family: unix.NFPROTO_INET, Attrs: name}); err != nil {
+						return err
+					}
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			t.Errorf("change rules: %v", err)
+		}
+	}()
+	for range 10 {
+		if _, err := New(NFT).Lock(within(t, 20*time.Second), n.Netns(), options); err != nil {
+			t.Error(err)
+		}
+		if st, err := New(NFT).Unlock(within(t, 20*time.Second), n.Netns(), options); err != nil || !st.Intact {
+			t.Errorf("%+v, %v", st, err)
+		}
+	}
+	stop.Store(true)
+	if made := <-changes; made < 100 {
+		t.Errorf("only %d changes meanwhile: the test proves nothing", made)
+	}
+	wantNothing(t, n)
 }
 
 // Whatever else is in a table, what is ours is found and removed, and a leftover that
