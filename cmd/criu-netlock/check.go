@@ -195,13 +195,13 @@ func parseVersion(s string) (major, minor int) {
 // backends takes and removes a real lock in a throwaway namespace with each backend,
 // and with what the configuration chooses.
 func (k *checker) backends(cfg config.Config) {
-	chosen, err := timed(cfg.Timeout, func(ctx context.Context) (netlock.Result, error) { return trial(ctx, newLocker(cfg, parent())) })
+	chosen, err := timed(cfg.Timeout, func(ctx context.Context) (netlock.Result, error) { return netlock.Trial(ctx, newLocker(cfg, parent())) })
 	for _, v := range variants() {
 		what := "backend " + v.name
 		took := time.Duration(0)
 		_, err := timed(cfg.Timeout, func(ctx context.Context) (netlock.Result, error) {
 			start := time.Now()
-			res, err := trial(ctx, v)
+			res, err := netlock.Trial(ctx, v)
 			took = time.Since(start)
 			return res, err
 		})

@@ -128,10 +128,10 @@ func runGuard(args []string) int {
 		l := guardLocker(cfg, criu)
 		ctx, cancel := context.WithTimeout(context.Background(), cfg.Timeout)
 		defer cancel()
-		if _, err := trial(ctx, l); err != nil {
+		if _, err := netlock.Trial(ctx, l); err != nil {
 			return // pre-dump has said so, or the hook will
 		}
-		if ns, err := throwaway(); err == nil {
+		if ns, err := netlock.NewThrowaway(); err == nil {
 			_, _ = l.Lock(ctx, ns) // for speed alone
 			kept = ns
 		}

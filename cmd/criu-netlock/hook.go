@@ -51,7 +51,7 @@ func (h hookCall) run() (code int, line string) {
 		if cfgErr == nil || unlocks {
 			rep, err = within(h.start, cfg.Timeout, func(ctx context.Context) (action.Report, error) {
 				l := h.locker(cfg, ev.Caller)
-				a := action.Handler{Locker: l, Trial: func(ctx context.Context) (netlock.Result, error) { return trial(ctx, l) }}
+				a := action.Handler{Locker: l, Trial: func(ctx context.Context) (netlock.Result, error) { return netlock.Trial(ctx, l) }}
 				if h.guard == 0 {
 					a.Turn = h.turn(cfg, unlocks)
 				}

@@ -1,7 +1,6 @@
-package main
+package netlock
 
-// A real lock in a network namespace that nobody uses: the one honest answer to
-// whether this host can lock.
+// A network namespace that nobody uses.
 
 import (
 	"context"
@@ -9,41 +8,37 @@ import (
 	"runtime"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/criu-netlock/criu-netlock/netlock"
 )
 
-// locker is what can be tried.
-type locker interface {
-	Lock(context.Context, *netlock.Namespace) (netlock.Result, error)
-	Unlock(context.Context, *netlock.Namespace) (netlock.State, error)
-}
-
-// trial locks and unlocks a throwaway namespace.
-func trial(ctx context.Context, l locker) (netlock.Result, error) {
-	ns, err := throwaway()
+// Trial takes a real lock in a throwaway namespace and takes it off: the one honest
+// answer to whether this host can lock.
+func Trial(ctx context.Context, l interface {
+	Lock(context.Context, *Namespace) (Result, error)
+	Unlock(context.Context, *Namespace) (State, error)
+}) (Result, error) {
+	ns, err := NewThrowaway()
 	if err != nil {
-		return netlock.Result{}, err
+		return Result{}, err
 	}
 	defer ns.Close()
 	res, err := l.Lock(ctx, ns)
 	if err != nil {
-		return netlock.Result{}, fmt.Errorf("trial: %w", err)
+		return Result{}, fmt.Errorf("trial: %w", err)
 	}
 	if _, err := l.Unlock(ctx, ns); err != nil {
-		return netlock.Result{}, fmt.Errorf("trial: %w", err)
+		return Result{}, fmt.Errorf("trial: %w", err)
 	}
 	return res, nil
 }
 
-// throwaway makes a network namespace that ends with its handle.
-func throwaway() (*netlock.Namespace, error) {
+// NewThrowaway makes a network namespace that ends with its handle.
+func NewThrowaway() (*Namespace, error) {
 	fd, err := throwawayFD()
 	if err != nil {
 		return nil, err
 	}
 	defer unix.Close(fd)
-	return netlock.FromFD(fd) // from this thread: to the one that made it, it is its own
+	return FromFD(fd) // from this thread: to the one that made it, it is its own
 }
 
 func throwawayFD() (int, error) {
@@ -71,14 +66,14 @@ func throwawayFD() (int, error) {
 
 func unshareNet() (int, error) {
 	fail := func(op string, err error) (int, error) {
-		e := &netlock.Error{Kind: netlock.KindOther, Op: op, Namespace: "trial", Err: err}
+		e := &Error{Kind: KindOther, Op: op, Namespace: "trial", Err: err}
 		switch err {
 		case unix.EPERM:
-			e.Kind, e.Hint = netlock.KindPrivilege, netlock.MissingCapability(unix.CAP_SYS_ADMIN)
+			e.Kind, e.Hint = KindPrivilege, MissingCapability(unix.CAP_SYS_ADMIN)
 		case unix.ENOSPC:
 			e.Hint = "raise user.max_net_namespaces"
 		case unix.EINVAL:
-			e.Kind, e.Hint = netlock.KindNoBackend, "the kernel has no network namespaces"
+			e.Kind, e.Hint = KindNoBackend, "the kernel has no network namespaces"
 		}
 		return -1, e
 	}
