@@ -33,6 +33,8 @@ type Stat struct {
 	// State is R, S, D, T (stopped), t (traced), Z (a zombie) or X.
 	State byte
 	PPID  int
+	// Flags are the kernel's PF_ flags.
+	Flags uint64
 	// Start is in clock ticks since the boot.
 	Start uint64
 }
@@ -61,6 +63,9 @@ func parseStat(s string) (st Stat, err error) {
 	}
 	st.State = f[0][0]
 	if st.PPID, err = strconv.Atoi(f[1]); err != nil {
+		return st, err
+	}
+	if st.Flags, err = strconv.ParseUint(f[9-3], 10, 64); err != nil {
 		return st, err
 	}
 	st.Start, err = strconv.ParseUint(f[startTime], 10, 64)

@@ -9,9 +9,9 @@ import (
 func TestParseStat(t *testing.T) {
 	const rest = " S 7 1 1 0 -1 4194560 1 0 0 0 0 0 0 0 20 0 1 0 4242 0 0"
 	for line, want := range map[string]Stat{
-		"12 (criu)" + rest:                 {"criu", 'S', 7, 4242},
-		"12 () S 9 9 9)" + rest:            {") S 9 9 9", 'S', 7, 4242},
-		"12 (name with blanks ((x)" + rest: {"name with blanks ((x", 'S', 7, 4242},
+		"12 (criu)" + rest:                 {"criu", 'S', 7, 4194560, 4242},
+		"12 () S 9 9 9)" + rest:            {") S 9 9 9", 'S', 7, 4194560, 4242},
+		"12 (name with blanks ((x)" + rest: {"name with blanks ((x", 'S', 7, 4194560, 4242},
 		"":                                 {},
 		"12 )criu(" + rest:                 {},
 		"12 (criu) S 7 1":                  {},

@@ -1,0 +1,342 @@
+package criurpc
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/criu-netlock/criu-netlock/netlock"
+	"github.com/criu-netlock/criu-netlock/netlock/action"
+	"github.com/criu-netlock/criu-netlock/netlock/guard"
+	"github.com/criu-netlock/criu-netlock/netlock/internal/proc"
+)
+
+// Checkpoint is one dump or one restore: it does what CRIU notifies, and remembers what
+// CRIU tells only once. Its methods may be called from any goroutine; they wait for one
+// another.
+type Checkpoint struct {
+	o     Options
+	phase guard.Phase
+	// leavesRunning: the tasks live on after a dump that succeeded.
+	leavesRunning bool
+
+	turn chan struct{} // held by whoever works
+
+	// What follows belongs to the holder of turn.
+	handler *action.Handler
+	pid     int // the root task's, when it is known
+	criu    int // CRIU's, 0 if unknown
+	ns      *netlock.Namespace
+	task    int // a pidfd of the root task, -1 if there is none
+	// open: something of ours may be in force, and nobody has taken it off.
+	open      bool
+	locked    bool  // this checkpoint has been here before, so a lock is its own
+	wasLocked bool  // before the restore
+	restored  bool  // post-restore has succeeded: CRIU does not kill the tasks any more
+	failed    error // the last unlock
+	tampered  error // what an unlock found
+	over      bool
+}
+
+// NewDump begins a dump of the task with that pid; 0 is our own, as in a request that
+// names none. leavesRunning is the request's leave_running.
+func NewDump(pid int, leavesRunning bool, o Options) *Checkpoint {
+	if pid == 0 {
+		pid = os.Getpid()
+	}
+	c := newCheckpoint(guard.Dump, o)
+	c.pid, c.leavesRunning = pid, leavesRunning
+	return c
+}
+
+// NewRestore begins a restore. Whom of, CRIU says at setup-namespaces.
+func NewRestore(o Options) *Checkpoint { return newCheckpoint(guard.Restore, o) }
+
+func newCheckpoint(phase guard.Phase, o Options) *Checkpoint {
+	return &Checkpoint{o: o, phase: phase, turn: make(chan struct{}, 1), task: -1}
+}
+
+// SetCRIU names CRIU's pid, which a lock bears and which tells later whether its
+// checkpoint is over.
+func (c *Checkpoint) SetCRIU(pid int) {
+	c.turn <- struct{}{}
+	defer c.done()
+	c.criu, c.handler = pid, nil
+}
+
+func (c *Checkpoint) done() { <-c.turn }
+
+// byTable is what the table of package action says.
+func (c *Checkpoint) byTable(ctx context.Context, ev action.Event) (action.Report, error) {
+	if c.handler == nil {
+		l := *c.o.Locker
+		if l.Options.Caller == (netlock.Caller{}) {
+			l.Options.Caller = ev.Caller
+		}
+		c.handler = &action.Handler{Locker: &l, Trial: func(ctx context.Context) (netlock.Result, error) { return netlock.Trial(ctx, &l) }}
+	}
+	return c.handler.Handle(ctx, ev)
+}
+
+// Handle does what the notification called name is for. pid is what CRIU has sent with
+// it, 0 for none. An error is to be answered with notify_success=false. It returns
+// within Options.Timeout, and when ctx ends.
+func (c *Checkpoint) Handle(ctx context.Context, name action.Name, pid int) (action.Report, error) {
+	start := time.Now()
+	op := action.OpOf(name)
+	if op == action.Nothing {
+		return action.Report{Result: "nothing to do"}, nil
+	}
+	type done struct {
+		ev  action.Event
+		rep action.Report
+	}
+	d, err := within(ctx, c, start, string(name), func(ctx context.Context) (d done, err error) {
+		d.ev = action.Event{Action: name}
+		if err = c.prepare(op, &d.ev, pid); err != nil {
+			return d, err
+		}
+		d.rep, err = c.byTable(ctx, d.ev)
+		c.learn(op, name, d.rep, err)
+		return d, err
+	})
+	if c.o.Log != nil {
+		d.ev.Action = name // it may have been given up
+		c.o.Log(Entry{Event: d.ev, Report: d.rep, Err: err, Took: time.Since(start)})
+	}
+	return d.rep, err
+}
+
+// prepare completes an event by what is known of the checkpoint.
+func (c *Checkpoint) prepare(op action.Op, ev *action.Event, pid int) error {
+	bad := func(format string, a ...any) error {
+		return &netlock.Error{Kind: netlock.KindInput, Op: string(ev.Action), Err: fmt.Errorf(format, a...)}
+	}
+	switch {
+	case c.over:
+		return bad("the %s is over", c.phase)
+	case !op.NeedsPID():
+		return nil
+	case pid != 0 && c.pid != 0 && pid != c.pid:
+		return bad("CRIU has named pid %d, and now %d", c.pid, pid)
+	case pid != 0:
+		c.pid = pid
+	case c.pid == 0:
+		return bad("CRIU has named no pid")
+	}
+	ev.PID = c.pid
+	c.hold()
+	if c.handler == nil {
+		ev.Caller = c.caller()
+	}
+	return nil
+}
+
+// learn remembers what the end of the checkpoint will depend on.
+func (c *Checkpoint) learn(op action.Op, name action.Name, rep action.Report, err error) {
+	if name == action.SetupNamespaces && !c.locked {
+		c.wasLocked = rep.WasLocked
+	}
+	switch op {
+	case action.CheckHost:
+		c.handler = nil // it knows of no task
+	case action.Unlock, action.Sweep:
+		if err != nil && netlock.KindOf(err) == netlock.KindTampered {
+			c.tampered, err = err, nil
+		}
+		c.failed, c.open = err, err != nil && c.open
+	case action.Lock, action.Ensure, action.EnsureRemovable:
+		// A backend that fails has left nothing behind, unless its time was too short.
+		if c.ns != nil && (err == nil || netlock.KindOf(err) == netlock.KindDeadline || errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled)) {
+			c.open, c.locked = true, true
+		}
+		c.restored = c.restored || name == action.PostRestore && err == nil
+	}
+}
+
+// hold keeps the task and its namespace, so that the end of the checkpoint is about them
+// and not about a task that got the pid later. Where it cannot, the work itself will say
+// why; a task in our own namespace has nothing to hold.
+func (c *Checkpoint) hold() {
+	if c.ns != nil {
+		return
+	}
+	ns, err := netlock.FromPID(c.pid)
+	if err != nil {
+		return
+	}
+	fd, err := unix.PidfdOpen(c.pid, 0)
+	if err != nil {
+		fd = -1
+	}
+	c.ns, c.task = ns, fd
+}
+
+func (c *Checkpoint) caller() netlock.Caller {
+	criu := c.criu
+	if criu == 0 {
+		criu = os.Getpid()
+	}
+	return netlock.CallerOf(criu).For(c.pid)
+}
+
+// within runs f when it is c's turn, with a context that ends early enough for undoing
+// what f began, and returns before the timeout has passed since start whatever f does: it
+// may be in a system call that ends when it likes. What comes next waits for it.
+func within[T any](ctx context.Context, c *Checkpoint, start time.Time, op string, f func(context.Context) (T, error)) (T, error) {
+	type answer struct {
+		v   T
+		err error
+	}
+	timeout := c.o.timeout()
+	outer, cancelOuter := context.WithDeadline(ctx, start.Add(timeout))
+	defer cancelOuter()
+	gaveUp := func() (none T, err error) {
+		return none, &netlock.Error{Kind: netlock.KindDeadline, Op: op, Err: context.Cause(outer), Hint: "criu-netlock status tells what is there now"}
+	}
+	select {
+	case c.turn <- struct{}{}:
+	case <-outer.Done():
+		return gaveUp()
+	}
+	out := make(chan answer, 1)
+	go func() {
+		defer c.done()
+		ctx, cancel := context.WithDeadline(ctx, start.Add(timeout-min(netlock.UndoTime, timeout/2)))
+		defer cancel()
+		v, err := f(ctx)
+		out <- answer{v, err}
+	}()
+	select {
+	case a := <-out:
+		if a.err != nil && errors.Is(a.err, context.DeadlineExceeded) && netlock.KindOf(a.err) == netlock.KindOther {
+			a.err = &netlock.Error{Kind: netlock.KindDeadline, Op: op, Err: a.err}
+		}
+		return a.v, a.err
+	case <-outer.Done():
+	}
+	// Undoing is worth its time even for a caller who is in a hurry.
+	t := time.NewTimer(netlock.UndoTime)
+	defer t.Stop()
+	select {
+	case a := <-out:
+		return a.v, a.err
+	case <-t.C:
+		return gaveUp()
+	}
+}
+
+// step runs theirs, the caller's callback, and ours in the order that the package's
+// comment gives, and returns what both have to say. theirs may be nil.
+func (c *Checkpoint) step(ctx context.Context, name action.Name, pid int, theirs func() error) (ourErr, theirErr error) {
+	ours := func() error {
+		_, err := c.Handle(ctx, name, pid)
+		return err
+	}
+	if theirs == nil {
+		return ours(), nil
+	}
+	switch op := action.OpOf(name); {
+	case op == action.Unlock || op == action.Sweep:
+		ourErr = ours()
+		return ourErr, theirs()
+	case name == action.SetupNamespaces:
+		if err := ours(); err != nil {
+			return err, nil
+		}
+	}
+	if err := theirs(); err != nil {
+		return nil, err
+	}
+	return ours(), nil
+}
+
+// End says that the dump or restore is over, and how: err is what it returned, nil for
+// success. It must be called, and not before CRIU has ended its work or lost its
+// connection. What CRIU could not unlock is unlocked now, if the tasks live on. It
+// returns err and what went wrong beside it. A second call returns err.
+func (c *Checkpoint) End(err error) error {
+	_, e := within(context.Background(), c, time.Now(), "end of the "+string(c.phase), func(ctx context.Context) (struct{}, error) {
+		if c.over {
+			return struct{}{}, nil
+		}
+		c.over = true
+		defer c.drop()
+		if c.open && c.toUnlock(ctx, err) {
+			_, c.failed = c.o.Locker.Unlock(ctx, c.ns)
+		}
+		return struct{}{}, errors.Join(c.failed, c.tampered)
+	})
+	return errors.Join(err, e)
+}
+
+func (c *Checkpoint) drop() {
+	if c.ns != nil {
+		c.ns.Close()
+	}
+	if c.task >= 0 {
+		unix.Close(c.task)
+	}
+	c.ns, c.task = nil, -1
+}
+
+// toUnlock decides what becomes of a lock that is there when all is over.
+func (c *Checkpoint) toUnlock(ctx context.Context, err error) bool {
+	switch {
+	case err == nil && c.phase == guard.Dump && !c.leavesRunning:
+		return false // dumped and dead, or left stopped: locked until the restore
+	case err == nil:
+		return true // network-unlock has failed, or did not come
+	case c.phase == guard.Dump:
+		return c.lives(ctx)
+	case c.restored && c.lives(ctx):
+		return true
+	}
+	switch c.o.OnFailedRestore {
+	case guard.Keep:
+		return false
+	case guard.Unlock:
+		return true
+	}
+	return !c.wasLocked
+}
+
+// lives tells whether the root task is there once CRIU has let go of it: while CRIU
+// traces it, its sockets may be half taken apart, and a task that was killed takes its
+// time to be dead. One that is neither dead nor let go in time is taken for alive: a
+// container without a network is the greater evil.
+func (c *Checkpoint) lives(ctx context.Context) bool {
+	if c.task < 0 {
+		return false
+	}
+	const pfExiting = 0x4 // PF_EXITING of linux/sched.h
+	const poll = 2 * time.Millisecond
+	tick := time.NewTicker(poll)
+	defer tick.Stop()
+	for {
+		p := []unix.PollFd{{Fd: int32(c.task), Events: unix.POLLIN}}
+		if n, _ := unix.Poll(p, 0); n > 0 {
+			return false
+		}
+		st, err := proc.StatOf(c.pid)
+		if err == nil && st.Flags&pfExiting == 0 {
+			if s, err := proc.Read("/proc/" + strconv.Itoa(c.pid) + "/status"); err == nil && settled(s) {
+				return true
+			}
+		}
+		select {
+		// A part of the time is the unlock's.
+		case <-tick.C:
+			if d, ok := ctx.Deadline(); ok && time.Until(d) < c.o.timeout()/4 {
+				return true
+			}
+		case <-ctx.Done():
+			return true
+		}
+	}
+}

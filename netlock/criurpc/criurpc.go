@@ -1,0 +1,73 @@
+// Package criurpc puts the lock on from inside a program that drives CRIU over RPC: no
+// hook process is started, and the lock is in force before CRIU goes on.
+//
+// There are three ways in:
+//
+//   - Programs that use go-criu call Dump and Restore of this package in place of those
+//     of criu.Criu, or give go-criu a Notify and tell it the outcome with Done.
+//   - Session is a connection of our own to CRIU, for what go-criu lacks: the socket of
+//     criu service, contexts, messages of any size, file descriptors, answers.
+//   - Checkpoint is what both of them stand on: it takes CRIU's notifications of one dump or
+//     restore and does what the table of package action says. Whoever speaks the
+//     protocol himself gives it what CRIU notifies, and ends it.
+//
+// The caller's own callbacks still run, while the network is unlocked where there is a
+// choice: before ours on the way in (pre-dump, network-lock, pre-restore,
+// post-setup-namespaces, post-restore), and if one fails there, ours is not run; after
+// ours on the way out (network-unlock, post-resume), whether or not ours has failed. At
+// setup-namespaces, where a container is plugged in, ours runs on both sides of it: what is
+// plugged in is locked already, and the lock that CRIU goes on with is checked after it.
+//
+// CRIU cannot call network-unlock once its client has gone, or has failed in a callback
+// as go-criu does, without an answer. So whoever locks here must say how it ended: Done,
+// End, or Dump and Restore, which do it. A task that lives on is unlocked then; one that is
+// dumped and dead stays locked until it is restored.
+//
+// Be aware:
+//   - A program that is killed says nothing. Where that matters, criu-netlock as CRIU's
+//     action script beside this package brings a guard; or criu-netlock gc ends the lock.
+//   - CRIU's pids must be pids here too: CRIU has to run in our pid namespace.
+//   - CRIU ignores what becomes of network-unlock. An unlock that fails is tried again by
+//     Done or End, which return the error of the last try.
+//   - The first lock of a process is its slowest. A Locker is meant to be kept.
+package criurpc
+
+import (
+	"time"
+
+	"github.com/criu-netlock/criu-netlock/netlock"
+	"github.com/criu-netlock/criu-netlock/netlock/action"
+	"github.com/criu-netlock/criu-netlock/netlock/guard"
+)
+
+// Options say how to lock. The zero value, but for the Locker, is what most programs want.
+type Options struct {
+	// Locker locks, over the backends that the program chooses. If its Options name no
+	// Caller, each lock bears CRIU's pid, or the program's where CRIU's is not known.
+	Locker *netlock.Locker
+	// Timeout bounds what is done at one notification, while CRIU waits; 0 means 5 s.
+	Timeout time.Duration
+	// OnFailedRestore says what becomes of the lock when a restore fails: by default what
+	// it was before.
+	OnFailedRestore guard.Policy
+	// Log, if set, is told of every notification that does something.
+	Log func(Entry)
+}
+
+// Entry is one notification, for a log.
+type Entry struct {
+	Event  action.Event
+	Report action.Report
+	Err    error
+	Took   time.Duration
+}
+
+// DefaultTimeout is Options.Timeout where none is given.
+const DefaultTimeout = 5 * time.Second
+
+func (o Options) timeout() time.Duration {
+	if o.Timeout > 0 {
+		return o.Timeout
+	}
+	return DefaultTimeout
+}
