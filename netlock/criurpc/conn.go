@@ -29,7 +29,7 @@ func newConn(fd int) (*conn, error) {
 	}
 	u, ok := c.(*net.UnixConn)
 	if !ok {
-		c.Close()
+		_ = c.Close() // the error before it is the one to tell
 		return nil, errors.New("not a unix socket")
 	}
 	return fromUnix(u)

@@ -52,7 +52,7 @@ func Swrk(cmd *exec.Cmd) (*Session, error) {
 	cmd.ExtraFiles = append(cmd.ExtraFiles, theirs)
 	cmd.Args = append(cmd.Args, "swrk", strconv.Itoa(2+len(cmd.ExtraFiles)))
 	if err := cmd.Start(); err != nil {
-		c.close()
+		_ = c.close() // the error before it is the one to tell
 		return nil, fmt.Errorf("start criu swrk: %w", err)
 	}
 	s := &Session{c: c, pid: cmd.Process.Pid, exited: make(chan struct{})}
