@@ -93,7 +93,7 @@ func TestEngines(t *testing.T) {
 					continue
 				}
 				t.Run(c.name, func(t *testing.T) {
-					ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+					ctx, cancel := context.WithTimeout(t.Context(), 40*time.Second)
 					t.Cleanup(cancel)
 					f := &fixture{t: t, ctx: ctx, l: l, net: n, skip: true}
 					_, id, _ := strings.Cut(t.Name(), "/")
