@@ -119,18 +119,17 @@ func runGuard(args []string) int {
 			return guard.Answer{Code: code, Line: line}
 		},
 	}
-	// The lock of the checkpoint is not to be the first thing that this process does. A
-	// second one, kept until the end, keeps nf_tables' hooks in use on this machine: the
-	// first and the last base chain of any namespace patch the kernel, 200 µs each.
+	// The lock of the checkpoint is not to be the first thing that this process does. One in
+	// a namespace of its own, kept until the end, also keeps nf_tables' hooks in use on this
+	// machine: the first and the last base chain of any namespace patch the kernel, 200 µs
+	// each. All of this is over before pre-dump returns: CRIU looks every 100 ms whether the tasks are
+	// frozen, and they are not in time if they have to wait for a processor.
 	var kept *netlock.Namespace
 	g.Ready = func() {
-		ready()
+		defer ready()
 		l := guardLocker(cfg, criu)
 		ctx, cancel := context.WithTimeout(context.Background(), cfg.Timeout)
 		defer cancel()
-		if _, err := netlock.Trial(ctx, l); err != nil {
-			return // pre-dump has said so, or the hook will
-		}
 		if ns, err := netlock.NewThrowaway(); err == nil {
 			_, _ = l.Lock(ctx, ns) // for speed alone
 			kept = ns
