@@ -107,6 +107,9 @@ func (r *run) watch(h testbed.Hook) error {
 			err = fmt.Errorf("%s: a table of ours is there:\n%s", h.Action, rules)
 		}
 	}
+	if err == nil && h.Action == r.diesAt {
+		err = r.unplug()
+	}
 	if err != nil {
 		r.errs = append(r.errs, err)
 	}
