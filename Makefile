@@ -66,6 +66,7 @@ deps: deps-go ## install Debian's packages that the tests need, if they are miss
 	have ip || need="$$need iproute2"; \
 	have debootstrap || need="$$need debootstrap"; \
 	have strace || need="$$need strace"; \
+	have patch || need="$$need patch"; \
 	have capsh || need="$$need libcap2-bin"; \
 	have systemd-analyze || need="$$need systemd"; \
 	have unshare && have setpriv || need="$$need util-linux"; \

@@ -11,6 +11,7 @@ import (
 
 	"github.com/criu-netlock/criu-netlock/e2e/testbed"
 	"github.com/criu-netlock/criu-netlock/e2e/traffic"
+	"github.com/criu-netlock/criu-netlock/netlock/netlocktest"
 )
 
 // engines are those that have a root and a session of their own.
@@ -49,7 +50,7 @@ const siblingPort = 7001
 // openEngine opens a session for one engine, with a bridge and a peer.
 func openEngine(t *testing.T, setup string, start func(context.Context, *testbed.Session) error) (*lab, *testbed.Net) {
 	t.Helper()
-	need(t)
+	netlocktest.Need(t, testbed.Tools...)
 	host := machine()
 	l, err := newLab(testbed.Engines(), (*testbed.Root).EnterApart, func(s string) { t.Log(s) })
 	if err != nil {

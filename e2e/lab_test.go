@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -21,6 +20,7 @@ import (
 	"github.com/criu-netlock/criu-netlock/e2e/testbed"
 	"github.com/criu-netlock/criu-netlock/e2e/traffic"
 	"github.com/criu-netlock/criu-netlock/netlock"
+	"github.com/criu-netlock/criu-netlock/netlock/netlocktest"
 )
 
 // envBinary names a criu-netlock to test in place of the one in this checkout.
@@ -98,30 +98,9 @@ func machine() string {
 	return out.String()
 }
 
-// need ends the test where it cannot run: a failure under CI, a skip elsewhere.
-func need(t *testing.T) {
-	t.Helper()
-	var why string
-	if os.Geteuid() != 0 {
-		why = "root is needed"
-	}
-	for _, tool := range testbed.Tools {
-		if _, err := exec.LookPath(tool); err != nil && why == "" {
-			why = err.Error()
-		}
-	}
-	switch {
-	case why == "":
-	case os.Getenv("CI") == "true":
-		t.Fatal(why)
-	default:
-		t.Skip(why)
-	}
-}
-
 func openLab(t *testing.T) *lab {
 	t.Helper()
-	need(t)
+	netlocktest.Need(t, testbed.Tools...)
 	theLab.once.Do(func() {
 		theLab.lab, theLab.err = newLab(testbed.Default(), (*testbed.Root).Enter, func(s string) { t.Log(s) })
 		if theLab.err == nil {

@@ -11,13 +11,14 @@ import (
 	"time"
 
 	"github.com/criu-netlock/criu-netlock/e2e/testbed"
+	"github.com/criu-netlock/criu-netlock/netlock/netlocktest"
 )
 
 // TestMigration dumps on one host and restores on another: sessions with a mount,
 // pid and network namespace each, whose bridges are one network. The container's
 // addresses move over, and the peer's connections go on.
 func TestMigration(t *testing.T) {
-	need(t)
+	netlocktest.Need(t, testbed.Tools...)
 	host := machine()
 	open := func() *lab {
 		l, err := newLab(testbed.Default(), (*testbed.Root).EnterApart, func(s string) { t.Log(s) })

@@ -6,6 +6,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/criu-netlock/criu-netlock/netlock/netlocktest"
 )
 
 const program = "/usr/local/sbin/criu-netlock"
@@ -151,9 +153,7 @@ func TestMoved(t *testing.T) {
 
 // The diff is one that patch takes.
 func TestDiff(t *testing.T) {
-	if _, err := exec.LookPath("patch"); err != nil {
-		t.Log("without patch the diff is compared only")
-	}
+	netlocktest.Need(t, "patch")
 	const before = "1\n2\n3\n4\n5"
 	after := apply(t, before, want("runc"), Made{})
 	d := Diff("f", before, after)
@@ -165,19 +165,17 @@ func TestDiff(t *testing.T) {
 	if Diff("f", before, before) != "" {
 		t.Error("a diff of nothing")
 	}
-	if patch, err := exec.LookPath("patch"); err == nil {
-		file := filepath.Join(t.TempDir(), "f")
-		if err := os.WriteFile(file, []byte(before), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		c := exec.Command(patch, file)
-		c.Stdin = strings.NewReader(d)
-		if out, err := c.CombinedOutput(); err != nil {
-			t.Fatalf("%v\n%s", err, out)
-		}
-		if got, _ := os.ReadFile(file); string(got) != after {
-			t.Errorf("patched:\n%s", got)
-		}
+	file := filepath.Join(t.TempDir(), "f")
+	if err := os.WriteFile(file, []byte(before), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c := exec.Command("patch", file)
+	c.Stdin = strings.NewReader(d)
+	if out, err := c.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	if got, _ := os.ReadFile(file); string(got) != after {
+		t.Errorf("patched:\n%s", got)
 	}
 }
 
