@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/criu-netlock/criu-netlock/cmd/criu-netlock/setup"
 	"github.com/criu-netlock/criu-netlock/iptables"
 	"github.com/criu-netlock/criu-netlock/netlock"
 	"github.com/criu-netlock/criu-netlock/netlock/config"
@@ -332,22 +333,22 @@ func (k *checker) criuFiles(files []criuFile, v criuVersion) (scripts []script) 
 			continue
 		}
 		lines := 0
-		for _, o := range parseCRIU(string(b)) {
-			where := f.path + ":" + strconv.Itoa(o.line)
-			switch o.name {
+		for _, o := range setup.Parse(string(b)) {
+			where := f.path + ":" + strconv.Itoa(o.Line)
+			switch o.Name {
 			case "action-script":
 				lines++
-				s := script{path: o.value, where: where, file: f, ours: sameProgram(o.value), bad: runnable(o.value)}
-				if o.words != 2 {
+				s := script{path: o.Value, where: where, file: f, ours: sameProgram(o.Value), bad: runnable(o.Value)}
+				if o.Words != 2 {
 					s.bad = `needs one word after action-script, in "double quotes" if it has spaces`
 				}
 				scripts = append(scripts, s)
 			case "network-lock":
 				lines++
 				if !f.rpc {
-					ownLock = o.value
+					ownLock = o.Value
 				}
-				k.networkLock(where, f, o.value, v)
+				k.networkLock(where, f, o.Value, v)
 			}
 		}
 		if lines == 0 {

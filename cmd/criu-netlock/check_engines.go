@@ -3,18 +3,12 @@ package main
 // What check says of each engine on this host: whether it would call us, and from where.
 
 import (
-	"os"
-
 	"github.com/criu-netlock/criu-netlock/cmd/criu-netlock/setup"
 )
 
-// engineProgram is what tells that an engine is there.
-var engineProgram = map[string]string{"runc": "runc", "crun": "crun", "podman": "podman", "docker": "dockerd", "lxc": "lxc-checkpoint"}
-
 func (k *checker) engines(scripts []script, v criuVersion) {
 	for _, e := range setup.Engines {
-		program := engineProgram[e.Name]
-		if program == "" || lookPath(program) == "" {
+		if e.Name == "criu" || lookPath(e.Program) == "" { // CRIU itself has lines of its own
 			continue
 		}
 		where := ""
@@ -41,16 +35,8 @@ func (k *checker) engines(scripts []script, v criuVersion) {
 	}
 }
 
-// hasOption tells whether a configuration file of CRIU has an option.
-func hasOption(path, option string) bool {
-	b, err := os.ReadFile(path)
-	if err != nil {
-		return false
-	}
-	for _, o := range parseCRIU(string(b)) {
-		if o.name == option {
-			return true
-		}
-	}
-	return false
+// hasOption tells whether a file of CRIU's has an option.
+func hasOption(path, option string, values ...string) bool {
+	f, err := setup.ReadFile(path)
+	return err == nil && setup.Has(f.Text, option, values...)
 }

@@ -129,20 +129,6 @@ func TestCheckCRIUVersion(t *testing.T) {
 	}
 }
 
-func TestParseCRIU(t *testing.T) {
-	got := parseCRIU("# comment\n\naction-script /usr/local/sbin/criu-netlock # ours\r\n  tcp-established\n--network-lock skip\naction-script \"/a b/\\\"c\"\naction-script /a b\n")
-	want := []criuOption{
-		{"action-script", "/usr/local/sbin/criu-netlock", 3, 2},
-		{"tcp-established", "", 4, 1},
-		{"network-lock", "skip", 5, 2},
-		{"action-script", `/a b/"c`, 6, 2},
-		{"action-script", "/a", 7, 3},
-	}
-	if !reflect.DeepEqual(got, want) {
-		t.Errorf("%+v", got)
-	}
-}
-
 func TestCheckCRIUFiles(t *testing.T) {
 	dir := t.TempDir()
 	ours, other, plain := dir+"/criu-netlock", dir+"/other", dir+"/plain"

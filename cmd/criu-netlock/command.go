@@ -18,6 +18,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"github.com/criu-netlock/criu-netlock/cmd/criu-netlock/setup"
 	"github.com/criu-netlock/criu-netlock/netlock"
 	"github.com/criu-netlock/criu-netlock/netlock/action"
 	"github.com/criu-netlock/criu-netlock/netlock/config"
@@ -199,16 +200,16 @@ func (c *cli) root() *cobra.Command {
 		Long: "Tell whether a lock can be taken here, by taking one in a network namespace made for it,\n" +
 			"and what to do if not. With --pid or --netns, tell of these namespaces too; no rule of\n" +
 			"theirs is changed."}, c.check), repeated)), tryBy)
-	install := add(&cobra.Command{Use: "setup ENGINE", Short: "Make an engine call criu-netlock, or take that back",
+	install := &cobra.Command{Use: "setup ENGINE", Short: "Make an engine call criu-netlock, or take that back",
 		Long: "Write into CRIU's configuration what makes an engine call criu-netlock, after showing the\n" +
 			"change. Engines: criu and lxc (/etc/criu/default.conf), runc, podman and docker\n" +
 			"(/etc/criu/runc.conf), crun (/etc/criu/crun.conf). Twice is the same as once; --undo gives\n" +
 			"the file back as it was.",
-		Example: "  criu-netlock setup docker --tcp-established\n  criu-netlock setup --undo docker"}, nil)
-	install.Args = nil
-	install.ValidArgs = nil
-	install.RunE = func(_ *cobra.Command, args []string) error { c.ran = true; return c.setup(args) }
-	install.ValidArgsFunction = cobra.FixedCompletions([]string{"criu", "runc", "crun", "podman", "docker", "lxc"}, cobra.ShellCompDirectiveNoFileComp)
+		Example:           "  criu-netlock setup docker --tcp-established\n  criu-netlock setup --undo docker",
+		RunE:              func(_ *cobra.Command, args []string) error { c.ran = true; return c.setup(args) },
+		ValidArgsFunction: cobra.FixedCompletions(setup.Names(), cobra.ShellCompDirectiveNoFileComp),
+	}
+	root.AddCommand(install)
 	f := install.Flags()
 	f.BoolVar(&c.setupFlags.undo, "undo", false, "take out what setup wrote")
 	f.BoolVar(&c.setupFlags.dryRun, "dry-run", false, "show the change and write nothing")
@@ -216,7 +217,8 @@ func (c *cli) root() *cobra.Command {
 	f.BoolVar(&c.setupFlags.tcpEstablished, "tcp-established", false, "let CRIU dump and restore live TCP connections (runc, crun, podman, docker)")
 	f.BoolVar(&c.setupFlags.replaceLock, "replace-criu-lock", false, "turn CRIU's own lock off, in /etc/criu/default.conf (CRIU 3.19 or newer)")
 	f.StringVar(&c.setupFlags.program, "program", "", "the `PATH` of criu-netlock to write (default: of this program)")
-	f.StringVar(&c.setupFlags.root, "root", "/", "a `FOLDER` to work in, for images of machines")
+	f.StringVar(&c.setupFlags.root, "root", "/", "work below this `FOLDER`, for tests")
+	_ = f.MarkHidden("root") // an error means that there is no such flag
 	add(&cobra.Command{Use: "version", Short: "Print the version of the program and of its rules"}, c.printVersion)
 	root.InitDefaultCompletionCmd()
 	if cmd, _, err := root.Find([]string{"completion"}); err == nil {

@@ -7,7 +7,8 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
-	"strings"
+
+	"github.com/criu-netlock/criu-netlock/cmd/criu-netlock/setup"
 )
 
 // criuFile is a configuration file of CRIU's, or of an engine that runs it.
@@ -17,75 +18,14 @@ type criuFile struct {
 }
 
 func criuFiles(getenv func(string) string) []criuFile {
-	files := []criuFile{{"/etc/criu/default.conf", false}}
+	files := []criuFile{{setup.DefaultConf, false}}
 	if home := getenv("HOME"); home != "" {
 		files = append(files, criuFile{filepath.Join(home, ".criu/default.conf"), false})
 	}
 	if f := getenv("CRIU_CONFIG_FILE"); f != "" {
 		files = append(files, criuFile{f, false})
 	}
-	return append(files, criuFile{"/etc/criu/runc.conf", true}, criuFile{"/etc/criu/crun.conf", true})
-}
-
-// criuOption is an option of a configuration file.
-type criuOption struct {
-	name, value string
-	line        int
-	words       int // CRIU refuses more than two
-}
-
-// parseCRIU reads a file as CRIU does: an option and its value on a line, a value with
-// spaces in double quotes, # for a comment.
-func parseCRIU(text string) []criuOption {
-	var out []criuOption
-	for i, line := range strings.Split(text, "\n") {
-		w := criuWords(line)
-		if len(w) == 0 {
-			continue
-		}
-		o := criuOption{name: strings.TrimPrefix(w[0], "--"), line: i + 1, words: len(w)}
-		if len(w) > 1 {
-			o.value = w[1]
-		}
-		out = append(out, o)
-	}
-	return out
-}
-
-func criuWords(line string) []string {
-	var (
-		out    []string
-		word   strings.Builder
-		inWord bool
-		quoted bool
-	)
-	end := func() {
-		if inWord {
-			out = append(out, word.String())
-		}
-		word.Reset()
-		inWord = false
-	}
-	for i := 0; i < len(line); i++ {
-		switch c := line[i]; {
-		case c == '\\' && quoted && i+1 < len(line):
-			i++
-			word.WriteByte(line[i])
-		case c == '"':
-			quoted, inWord = !quoted, true
-		case quoted:
-			word.WriteByte(c)
-		case c == ' ' || c == '\t' || c == '\r':
-			end()
-		case c == '#' && !inWord:
-			return out
-		default:
-			word.WriteByte(c)
-			inWord = true
-		}
-	}
-	end()
-	return out
+	return append(files, criuFile{setup.RuncConf, true}, criuFile{setup.CrunConf, true})
 }
 
 // script is an action script of a configuration file.

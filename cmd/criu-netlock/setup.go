@@ -28,7 +28,7 @@ type setupFlags struct {
 func (c *cli) setup(args []string) error {
 	f := &c.setupFlags
 	if len(args) != 1 {
-		return inputError("name one engine: criu, runc, crun, podman, docker or lxc")
+		return inputError("name one engine: %s", strings.Join(setup.Names(), ", "))
 	}
 	e, err := setup.Find(args[0])
 	switch {
@@ -48,7 +48,7 @@ func (c *cli) setup(args []string) error {
 	for _, p := range paths {
 		file, err := setup.ReadFile(filepath.Join(f.root, p))
 		if err != nil {
-			return setupError(err)
+			return setupError(netlock.KindInput, err)
 		}
 		files = append(files, file)
 	}
@@ -58,12 +58,13 @@ func (c *cli) setup(args []string) error {
 	w := setup.Want{Engine: e.Name, Program: f.program, Script: true, TCPEstablished: f.tcpEstablished, ReplaceLock: f.replaceLock}
 	if w.Program == "" {
 		if w.Program, err = os.Executable(); err != nil {
-			return setupError(err)
+			return setupError(netlock.KindOther, err)
 		}
 	}
 	if err := setup.Runnable(w.Program); err != nil {
 		return inputError("%v", err)
 	}
+	w.Aliases = c.aliases(w.Program)
 	notes, err := c.suits(e, &w)
 	if err != nil {
 		return err
@@ -79,11 +80,31 @@ func (c *cli) setup(args []string) error {
 		made.Dir = made.Dir && i == 0
 		after, err := setup.Apply(file.Text, one, made)
 		if err != nil {
-			return inputError("%s: %v: undo by hand what was changed, or remove the block", file.Path, err)
+			return inputError("%s: %v", file.Path, err)
 		}
 		changes = append(changes, change{file, after, func() error { return file.Write(after) }})
 	}
 	return c.apply(e, changes, notes)
+}
+
+// aliases are the other names by which CRIU's files call the program: links to it.
+func (c *cli) aliases(program string) (out []string) {
+	own, err := os.Stat(program)
+	if err != nil {
+		return nil
+	}
+	for _, path := range []string{setup.DefaultConf, setup.RuncConf, setup.CrunConf} {
+		f, err := setup.ReadFile(filepath.Join(c.setupFlags.root, path))
+		if err != nil {
+			continue
+		}
+		for _, o := range setup.Parse(f.Text) {
+			if st, err := os.Stat(o.Value); o.Name == "action-script" && err == nil && o.Value != program && os.SameFile(own, st) {
+				out = append(out, o.Value)
+			}
+		}
+	}
+	return out
 }
 
 // suits looks whether CRIU and the other files go with what is wanted, and returns what
@@ -102,13 +123,13 @@ func (c *cli) suits(e setup.Engine, w *setup.Want) (notes []string, err error) {
 	if e.RPC {
 		// CRIU reads default.conf for every client, and a script that stands there too would
 		// run twice at each hook.
-		if f, err := setup.ReadFile(filepath.Join(c.setupFlags.root, setup.DefaultConf)); err == nil && names(f.Text, w.Program) {
+		if hasOption(filepath.Join(c.setupFlags.root, setup.DefaultConf), "action-script", append(w.Aliases, w.Program)...) {
 			w.Script = false
 			note("%s names the program already, and CRIU reads that for %s too", setup.DefaultConf, e.Name)
 		}
 	} else {
 		for _, path := range []string{setup.RuncConf, setup.CrunConf} {
-			if f, err := setup.ReadFile(filepath.Join(c.setupFlags.root, path)); err == nil && names(f.Text, w.Program) {
+			if hasOption(filepath.Join(c.setupFlags.root, path), "action-script", append(w.Aliases, w.Program)...) {
 				note("%s names the program too: each hook runs twice there, which is sound but slower; criu-netlock setup --undo takes it out", path)
 			}
 		}
@@ -133,15 +154,6 @@ func (c *cli) suits(e setup.Engine, w *setup.Want) (notes []string, err error) {
 	return notes, nil
 }
 
-func names(text, program string) bool {
-	for line := range strings.Lines(text) {
-		if name, value := setup.Option(line); name == "action-script" && value == program {
-			return true
-		}
-	}
-	return false
-}
-
 // experimental tells whether Docker's daemon is configured to be.
 func experimental(path string) bool {
 	b, err := os.ReadFile(path)
@@ -157,7 +169,7 @@ func (c *cli) undoSetup(e setup.Engine, files []setup.File) error {
 		file := files[i]
 		after, made, err := setup.Remove(file.Text, e.Name)
 		if err != nil {
-			return inputError("%s: %v: take out by hand what is not wanted", file.Path, err)
+			return inputError("%s: %v", file.Path, err)
 		}
 		changes = append(changes, change{file, after, func() error {
 			if made.File {
@@ -211,7 +223,7 @@ func (c *cli) apply(e setup.Engine, changes []change, notes []string) error {
 			continue
 		}
 		if err := ch.do(); err != nil {
-			return setupError(err)
+			return setupError(netlock.KindOther, err)
 		}
 		if err := printText(ch.file.Path + ": " + done + "\n"); err != nil {
 			return err
@@ -234,14 +246,12 @@ func isTerminal(fd int) bool {
 	return err == nil
 }
 
-// setupError gives an error of the file system its exit code.
-func setupError(err error) error {
-	kind, hint := netlock.KindInput, ""
-	var path *fs.PathError
-	switch {
-	case errors.Is(err, fs.ErrPermission):
+// setupError gives an error its exit code: kind, unless the kernel has another reason.
+func setupError(kind netlock.Kind, err error) error {
+	hint := ""
+	if errors.Is(err, fs.ErrPermission) {
 		kind, hint = netlock.KindPrivilege, "run it as root"
-	case errors.As(err, &path):
+	} else if errors.As(err, new(*fs.PathError)) {
 		kind = netlock.KindOther
 	}
 	return &netlock.Error{Kind: kind, Op: "setup", Err: err, Hint: hint}

@@ -140,6 +140,39 @@ func TestSetupReplacesTheLock(t *testing.T) {
 	}
 }
 
+// A line of the user's that contradicts is told, and nothing is written.
+func TestSetupContradiction(t *testing.T) {
+	for _, engine := range []string{"criu", "docker"} {
+		m := newMachine(t, "4.2")
+		m.write(t, m.conf("default.conf"), "network-lock nftables\n", 0o644)
+		m.setup(t, engine, "--yes", "--replace-criu-lock").oneError(t, 2, "default.conf", "network-lock of its own")
+		if left, _ := os.ReadDir(m.root + "/etc/criu"); len(left) != 1 || m.read(t, "default.conf") != "network-lock nftables\n" {
+			t.Errorf("%s: written: %v", engine, left)
+		}
+		m.setup(t, engine, "--yes").want(t, 0)
+	}
+}
+
+// A link to the program is the program: it is not named a second time.
+func TestSetupKnowsItsLinks(t *testing.T) {
+	m := newMachine(t, "4.2")
+	link := filepath.Join(m.root, "netlock-link")
+	if err := os.Symlink(program, link); err != nil {
+		t.Fatal(err)
+	}
+	m.write(t, m.conf("runc.conf"), "action-script "+link+"\n", 0o644)
+	m.setup(t, "runc", "--yes").want(t, 0, "nothing to change")
+	m.write(t, m.conf("default.conf"), "action-script "+link+"\n", 0o644)
+	m.setup(t, "crun", "--yes").want(t, 0, "names the program already")
+}
+
+// Without a CRIU whose version can be asked, setup goes on and says so.
+func TestSetupUnknownCRIU(t *testing.T) {
+	m := newMachine(t, "")
+	m.write(t, m.path+"/criu", "#!/bin/sh\nexit 1\n", 0o755) // before any CRIU of this machine
+	m.setup(t, "runc", "--yes").want(t, 0, "no CRIU was found whose version", "written")
+}
+
 // check says of each engine that is there whether it would call us.
 func TestCheckEngines(t *testing.T) {
 	m := newMachine(t, "4.2")
@@ -191,7 +224,7 @@ func TestSetupRefuses(t *testing.T) {
 	for _, c := range [][]string{
 		{}, {"--yes"}, {"kubernetes"}, {"runc", "docker"}, {"runc", "--undo", "--tcp-established"}, {"criu", "--tcp-established"},
 		{"runc", "--program", "relative"}, {"runc", "--program", "/a b"}, {"runc", "--program", "/nowhere"},
-		{"runc", "--program", "/etc/passwd"}, {"runc", "--pid", "1"},
+		{"runc", "--program", "/etc/passwd"}, {"runc", "--pid", "1"}, {"runc", "--json"},
 	} {
 		m.setup(t, append(c, "--yes")...).oneError(t, 2)
 	}

@@ -79,14 +79,11 @@ func (f File) Write(text string) (err error) {
 			}
 		}()
 	}
-	unlock, err := lock(dir)
+	unlock, err := f.hold()
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	if err := f.unchanged(); err != nil {
-		return err
-	}
 	tmp, err := os.CreateTemp(dir, "."+filepath.Base(f.Path)+".*")
 	if err != nil {
 		return err
@@ -125,14 +122,11 @@ func (f File) Write(text string) (err error) {
 // Delete removes the file, and its folder if that was made for it and is empty.
 func (f File) Delete(made Made) error {
 	dir := filepath.Dir(f.Path)
-	unlock, err := lock(dir)
+	unlock, err := f.hold()
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	if err := f.unchanged(); err != nil {
-		return err
-	}
 	if err := os.Remove(f.Path); err != nil {
 		return err
 	}
@@ -143,28 +137,29 @@ func (f File) Delete(made Made) error {
 	return syncDir(dir)
 }
 
-func (f File) unchanged() error {
-	b, err := os.ReadFile(f.Path)
-	switch {
-	case errors.Is(err, fs.ErrNotExist) && !f.Exists:
-		return nil
-	case err != nil:
-		return err
-	case !f.Exists || string(b) != f.Text:
-		return fmt.Errorf("%s was changed meanwhile; run it again", f.Path)
-	}
-	return nil
-}
-
-// lock keeps two setups from writing at a time.
-func lock(dir string) (func(), error) {
+// hold keeps other setups from writing there until it is given back. The file has to be
+// what was read.
+func (f File) hold() (unlock func(), err error) {
+	dir := filepath.Dir(f.Path)
 	d, err := os.Open(dir)
 	if err != nil {
 		return nil, err
 	}
+	defer func() {
+		if err != nil {
+			d.Close()
+		}
+	}()
 	if err := unix.Flock(int(d.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		d.Close()
 		return nil, fmt.Errorf("another setup is at work in %s: %w", dir, err)
+	}
+	b, err := os.ReadFile(f.Path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist) && !f.Exists:
+	case err != nil:
+		return nil, err
+	case !f.Exists || string(b) != f.Text:
+		return nil, fmt.Errorf("%s was changed meanwhile; run it again", f.Path)
 	}
 	return func() { d.Close() }, nil
 }

@@ -24,6 +24,8 @@ const (
 // Engine is a program that runs CRIU.
 type Engine struct {
 	Name string
+	// Program tells, where it is found, that the engine is there.
+	Program string
 	// File is where it finds action scripts.
 	File string
 	// RPC: the file is read by way of an RPC request. Before CRIU 3.19 action scripts do
@@ -33,24 +35,30 @@ type Engine struct {
 
 // Engines are those that there is something to set up for.
 var Engines = []Engine{
-	{"criu", DefaultConf, false},
-	{"runc", RuncConf, true},
-	{"crun", CrunConf, true},
-	{"podman", RuncConf, true},
-	{"docker", RuncConf, true},
-	{"lxc", DefaultConf, false},
+	{"criu", "criu", DefaultConf, false},
+	{"runc", "runc", RuncConf, true},
+	{"crun", "crun", CrunConf, true},
+	{"podman", "podman", RuncConf, true},
+	{"docker", "dockerd", RuncConf, true},
+	{"lxc", "lxc-checkpoint", DefaultConf, false},
+}
+
+// Names are the engines' names.
+func Names() (names []string) {
+	for _, e := range Engines {
+		names = append(names, e.Name)
+	}
+	return names
 }
 
 // Find is the engine of that name.
 func Find(name string) (Engine, error) {
-	var names []string
 	for _, e := range Engines {
 		if e.Name == name {
 			return e, nil
 		}
-		names = append(names, e.Name)
 	}
-	return Engine{}, fmt.Errorf("unknown engine %.40q; want one of %s", name, strings.Join(names, ", "))
+	return Engine{}, fmt.Errorf("unknown engine %.40q; want one of %s", name, strings.Join(Names(), ", "))
 }
 
 // The options that are written.
@@ -62,8 +70,10 @@ const (
 
 // Want is what is to stand in a file for an engine.
 type Want struct {
-	Engine         string
-	Program        string // absolute; without blanks, which are fatal to CRIU
+	Engine  string
+	Program string // absolute; without blanks, which are fatal to CRIU
+	// Aliases are other names of the program: one that is there need not be added.
+	Aliases        []string
 	Script         bool
 	TCPEstablished bool
 	ReplaceLock    bool // network-lock skip
@@ -134,7 +144,7 @@ func find(text string) (*block, error) {
 		}
 	}
 	if b.String() != text[b.from:b.from+b.n] {
-		return nil, errors.New("what stands between \"# BEGIN criu-netlock setup\" and \"# END criu-netlock setup\" was changed by hand")
+		return nil, errors.New("what stands between \"# BEGIN criu-netlock setup\" and \"# END criu-netlock setup\" was changed by hand: mend it, or take it out")
 	}
 	return b, nil
 }
@@ -184,12 +194,16 @@ func Apply(text string, w Want, made Made) (string, error) {
 	if b != nil {
 		rest = text[:b.from] + text[b.from+b.n:]
 	}
+	if w.ReplaceLock && Has(rest, networkLock) && !Has(rest, networkLock, "skip") {
+		return "", errors.New("it has a line network-lock of its own, which two would contradict: change that to skip")
+	}
 	var opts []string
 	for _, o := range []struct {
-		name string
-		want bool
-	}{{actionScript, w.Script}, {tcpEstablished, w.TCPEstablished}, {networkLock, w.ReplaceLock}} {
-		if o.want && !stands(rest, o.name, w.Program) {
+		name  string
+		want  bool
+		value []string
+	}{{actionScript, w.Script, append(w.Aliases, w.Program)}, {tcpEstablished, w.TCPEstablished, nil}, {networkLock, w.ReplaceLock, nil}} {
+		if o.want && !Has(rest, o.name, o.value...) {
 			opts = append(opts, o.name)
 		}
 	}
@@ -227,27 +241,14 @@ func Apply(text string, w Want, made Made) (string, error) {
 	return text[:b.from] + b.String() + text[b.from+b.n:], nil
 }
 
-// stands tells whether somebody else's line has the option. network-lock is one
-// whatever it says: a second would contradict it.
-func stands(text, option, program string) bool {
-	for line := range strings.Lines(text) {
-		name, value := Option(line)
-		if name == option && (option != actionScript || value == program) {
+// Has tells whether a text has an option, with one of the values if any are given.
+func Has(text, option string, values ...string) bool {
+	for _, o := range Parse(text) {
+		if o.Name == option && (len(values) == 0 || slices.Contains(values, o.Value)) {
 			return true
 		}
 	}
 	return false
-}
-
-// Option reads a line as CRIU does: an option and its value, in double quotes or not.
-func Option(line string) (name, value string) {
-	line, _, _ = strings.Cut(line, "#")
-	f := strings.Fields(line)
-	if len(f) == 0 {
-		return "", ""
-	}
-	value = strings.TrimSpace(strings.TrimPrefix(strings.TrimSpace(line), f[0]))
-	return strings.TrimPrefix(f[0], "--"), strings.Trim(value, `"`)
 }
 
 // Remove returns the text without what stands there for the engine alone, and what the

@@ -4,6 +4,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 
@@ -34,10 +35,24 @@ func apply(t *testing.T, text string, w Want, made Made) string {
 	return out
 }
 
+func TestParse(t *testing.T) {
+	got := Parse("# comment\n\naction-script /usr/local/sbin/criu-netlock # ours\r\n  tcp-established\n--network-lock skip\naction-script \"/a b/\\\"c\"\naction-script /a b\n")
+	want := []Option{
+		{"action-script", "/usr/local/sbin/criu-netlock", 3, 2},
+		{"tcp-established", "", 4, 1},
+		{"network-lock", "skip", 5, 2},
+		{"action-script", `/a b/"c`, 6, 2},
+		{"action-script", "/a", 7, 3},
+	}
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("%+v", got)
+	}
+}
+
 // texts are files as they are met.
 var texts = []string{
 	"", "\n", "# nothing\n", "log-file /var/log/criu.log\n", "no newline at the end", "tcp-established\r\nfile-locks\r\n",
-	"action-script /usr/bin/criu-coordinator\n", "  action-script \"/x y\" # quoted\n\n\n", "tcp-established\n", "\x00\xff\n", "network-lock nftables\n",
+	"action-script /usr/bin/criu-coordinator\n", "  action-script \"/x y\" # quoted\n\n\n", "tcp-established\n", "\x00\xff\n", "network-lock skip\n",
 }
 
 func TestApplyAndRemove(t *testing.T) {
@@ -48,7 +63,7 @@ func TestApplyAndRemove(t *testing.T) {
 					continue
 				}
 				once := apply(t, text, w, made)
-				if !strings.HasPrefix(once, text) || !stands(once, actionScript, program) {
+				if !strings.HasPrefix(once, text) || !Has(once, actionScript, program) {
 					t.Errorf("%q became %q", text, once)
 				}
 				if twice := apply(t, once, w, made); twice != once {
@@ -56,8 +71,8 @@ func TestApplyAndRemove(t *testing.T) {
 				}
 				for _, o := range []string{tcpEstablished, networkLock} {
 					n := 0
-					for line := range strings.Lines(once) {
-						if name, _ := Option(line); name == o {
+					for _, got := range Parse(once) {
+						if got.Name == o {
 							n++
 						}
 					}
@@ -136,8 +151,26 @@ func TestByHand(t *testing.T) {
 			t.Errorf("%q became %q", text, got)
 		}
 	}
+	alias := want("runc")
+	alias.Aliases = []string{"/opt/criu-netlock"}
+	if got := apply(t, "action-script /opt/criu-netlock\n", alias, Made{}); strings.Contains(got, program) {
+		t.Errorf("the program stands there by two names: %q", got)
+	}
 	if got := apply(t, "action-script /opt/criu-netlock\n", want("runc"), Made{}); !strings.Contains(got, program) {
 		t.Errorf("another program of the name passes for ours: %q", got)
+	}
+}
+
+// Two lines of network-lock would contradict each other, and ours would not be obeyed in
+// silence.
+func TestContradiction(t *testing.T) {
+	for _, text := range []string{"network-lock nftables\n", "network-lock iptables", "network-lock\n"} {
+		if got, err := Apply(text, want("criu", networkLock), Made{}); err == nil {
+			t.Errorf("%q became %q", text, got)
+		}
+		if _, err := Apply(text, want("criu"), Made{}); err != nil {
+			t.Errorf("%q, which is not asked about: %v", text, err)
+		}
 	}
 }
 
