@@ -21,7 +21,6 @@ func TestKilled(t *testing.T) {
 				r.killAt = hook
 				r.dump(hook, true)
 				r.killAt = ""
-				r.thaw()
 				r.unlocks()
 				if hook == "post-dump" {
 					// CRIU had switched the sockets to TCP_REPAIR, and cannot switch them back:
@@ -56,15 +55,6 @@ func TestKilled(t *testing.T) {
 				r.finish()
 			})
 		}
-	}
-}
-
-// thaw is what an administrator does with a container whose CRIU was killed: CRIU had
-// frozen its cgroup.
-func (r *run) thaw() {
-	r.t.Helper()
-	if e, ok := r.e.(*testbed.Runc); ok {
-		_, _ = r.l.Run(r.ctx, "runc", "resume", e.ID) // refused if it is not frozen
 	}
 }
 

@@ -46,6 +46,11 @@ func (c Caller) For(task int) Caller {
 	return c
 }
 
+// Is tells whether both are the same process, and that is known.
+func (c Caller) Is(o Caller) bool {
+	return c.PID == o.PID && c.Start == o.Start && c.Boot == o.Boot && c.Start != 0
+}
+
 // ParentOf is the pid of a task's parent; 0 if it has none that is to be seen.
 func ParentOf(pid int) int {
 	st, _ := proc.StatOf(pid)

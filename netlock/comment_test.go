@@ -100,3 +100,21 @@ func TestUse(t *testing.T) {
 		t.Errorf("without a boot id: %s", got)
 	}
 }
+
+func TestCallerIs(t *testing.T) {
+	c := CallerOf(os.Getpid())
+	if !c.Is(c.For(os.Getppid())) {
+		t.Error("a process is not itself")
+	}
+	for name, o := range map[string]Caller{
+		"another start": {PID: c.PID, Start: c.Start + 1, Boot: c.Boot}, "another boot": {PID: c.PID, Start: c.Start, Boot: "x"},
+		"another pid": {PID: c.PID + 1, Start: c.Start, Boot: c.Boot}, "nobody": {},
+	} {
+		if c.Is(o) {
+			t.Errorf("%s: the same", name)
+		}
+	}
+	if (Caller{}).Is(Caller{}) {
+		t.Error("two unknown ones are the same")
+	}
+}

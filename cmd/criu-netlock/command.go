@@ -18,6 +18,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"github.com/criu-netlock/criu-netlock/cmd/criu-netlock/early"
 	"github.com/criu-netlock/criu-netlock/cmd/criu-netlock/setup"
 	"github.com/criu-netlock/criu-netlock/netlock"
 	"github.com/criu-netlock/criu-netlock/netlock/action"
@@ -99,7 +100,7 @@ func runCommand(start time.Time, args []string) int {
 			// SIGPIPE there, 141 to a shell; we end as with any stdout that cannot be written.
 			continue
 		}
-		say("criu-netlock: " + told(e) + "\n")
+		early.Say("criu-netlock: " + told(e) + "\n")
 	}
 	var signal *interrupted
 	if errors.As(err, &signal) {
@@ -667,7 +668,7 @@ func (o *stdout) Write(b []byte) (int, error) {
 type stderr struct{}
 
 func (stderr) Write(b []byte) (int, error) {
-	say(string(b))
+	early.Say(string(b))
 	return len(b), nil
 }
 

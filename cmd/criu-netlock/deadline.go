@@ -11,12 +11,9 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/criu-netlock/criu-netlock/cmd/criu-netlock/early"
 	"github.com/criu-netlock/criu-netlock/netlock"
 )
-
-// sayTime is how long a line on stderr may take. CRIU's log is a file, but may be a
-// pipe that nobody reads.
-const sayTime = 100 * time.Millisecond
 
 // within runs f with a context that ends early enough for undoing what f began, and
 // returns before timeout has passed since start whatever f does.
@@ -32,7 +29,7 @@ func within[T any](start time.Time, timeout time.Duration, f func(context.Contex
 		v, err := f(ctx)
 		done <- answer{v, err}
 	}()
-	last := time.NewTimer(time.Until(start.Add(timeout - sayTime)))
+	last := time.NewTimer(time.Until(start.Add(timeout - early.SayTime)))
 	defer last.Stop()
 	select {
 	case a := <-done:
@@ -47,21 +44,6 @@ func within[T any](start time.Time, timeout time.Duration, f func(context.Contex
 			Err:  errors.New("the kernel or a tool has not answered; gave up waiting"),
 			Hint: "criu-netlock status tells what is there now",
 		}
-	}
-}
-
-// say writes a line to stderr, if that can be done at once. It must neither block nor
-// be killed: os.Stderr raises SIGPIPE on a pipe without a reader, even where the
-// parent had it ignored, and a full one blocks.
-func say(line string) {
-	done := make(chan struct{})
-	go func() {
-		_ = write(unix.Stderr, line) // there is nowhere to tell
-		close(done)
-	}()
-	select {
-	case <-done:
-	case <-time.After(sayTime):
 	}
 }
 

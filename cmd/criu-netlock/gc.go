@@ -7,7 +7,6 @@ import (
 	"context"
 	"os"
 	"strconv"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -71,10 +70,7 @@ func (c *cli) gc() error {
 // collect unlocks one namespace, in turn with hooks and guards, if its lock is still the
 // stale one that was found: a checkpoint may have begun meanwhile.
 func (c *cli) collect(ctx context.Context, l *netlock.Locker, f locked, blind bool) (o outcome) {
-	until := c.start.Add(time.Minute)
-	if d, ok := ctx.Deadline(); ok {
-		until = d
-	}
+	until, _ := ctx.Deadline() // there is one: within sees to it
 	mine := guard.InTurn(f.ns.Inode(), until, func() {
 		st, err := l.State(ctx, f.ns)
 		if err != nil {

@@ -94,7 +94,7 @@ func runGuard(args []string) int {
 	}
 	c, ready, err := guard.Inherited(args)
 	if err != nil {
-		say(oneLine(err.Error()) + "\n")
+		early.Say(oneLine(err.Error()) + "\n")
 		return netlock.ExitCode(&netlock.Error{Kind: netlock.KindInput, Err: err})
 	}
 	cfg, err := loadConfig(config.Path(os.LookupEnv))
@@ -140,7 +140,11 @@ func runGuard(args []string) int {
 			kept.Close()
 		}
 	}()
-	if err := g.Serve(); err != nil && err != guard.ErrTaken {
+	switch err := g.Serve(); err {
+	case nil:
+	case guard.ErrTaken:
+		ready() // the checkpoint is guarded, by whom a hook that runs twice has started before
+	default:
 		log("the guard of pid %d: %v", c.Task, err)
 		return netlock.ExitCode(err)
 	}

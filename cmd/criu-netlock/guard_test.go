@@ -200,6 +200,32 @@ func TestGuardForgetsOldRequests(t *testing.T) {
 	c.ok(t, s.pid, "network-unlock")
 }
 
+// A script that is configured twice runs twice at each hook: one guard, and no word of
+// complaint; and what the first run locked was not locked before.
+func TestGuardOfAScriptThatRunsTwice(t *testing.T) {
+	s, c := newSpace(t), newCRIU(t)
+	for range 2 {
+		if log := c.ok(t, s.pid, "pre-dump"); strings.Contains(log, "guard_err") || strings.Contains(log, "WARN") {
+			t.Errorf("pre-dump: %s", log)
+		}
+		c.guard(t)
+	}
+	c.ok(t, s.pid, "network-lock", "network-lock", "network-unlock", "network-unlock")
+	s.wantLocked(t, false)
+
+	r := newCRIU(t)
+	r.ok(t, s.pid, "setup-namespaces")
+	if err := unix.Kill(r.guard(t), unix.SIGKILL); err != nil { // so that the second run's is the one that counts
+		t.Fatal(err)
+	}
+	eventually(t, "without a guard", func() bool { return len(guards(t, r.Process.Pid)) == 0 })
+	r.ok(t, s.pid, "setup-namespaces")
+	r.guard(t)
+	s.wantLocked(t, true)
+	r.kill()
+	eventually(t, "unlocked, as before the restore", func() bool { return !s.isLocked(t) })
+}
+
 func TestGuardOff(t *testing.T) {
 	s := newSpace(t)
 	file := filepath.Join(t.TempDir(), "netlock.toml")

@@ -10,6 +10,7 @@ import (
 	"os"
 	"time"
 
+	"github.com/criu-netlock/criu-netlock/cmd/criu-netlock/early"
 	"github.com/criu-netlock/criu-netlock/netlock"
 	"github.com/criu-netlock/criu-netlock/netlock/action"
 	"github.com/criu-netlock/criu-netlock/netlock/config"
@@ -21,7 +22,7 @@ import (
 func runHook(start time.Time) int {
 	h := hookCall{start: start, lookup: os.LookupEnv, locker: hookLocker}
 	code, line := h.run()
-	say(line)
+	early.Say(line)
 	return code
 }
 
@@ -40,7 +41,8 @@ func (h hookCall) run() (code int, line string) {
 	cfg, cfgErr := config.Default(), error(nil)
 	ev, err := action.FromEnv(h.lookup)
 	var rep action.Report
-	done := false // what the hook is for is done, whatever err says
+	var unguarded error // why the checkpoint has no guard, where it was to get one
+	done := false       // what the hook is for is done, whatever err says
 	if err == nil {
 		cfg, cfgErr = loadConfig(config.Path(h.lookup))
 		op := action.OpOf(ev.Action)
@@ -58,7 +60,7 @@ func (h hookCall) run() (code int, line string) {
 				return a.Handle(ctx, ev)
 			})
 			if err == nil && h.guard == 0 && cfg.Guard {
-				rep.Guard = startGuard(ev, rep)
+				unguarded = startGuard(ev, rep)
 			}
 		}
 		done = err == nil && rep.Result != "" || err != nil && netlock.KindOf(err) == netlock.KindTampered
@@ -67,16 +69,19 @@ func (h hookCall) run() (code int, line string) {
 			err = cfgErr
 		}
 	}
-	return netlock.ExitCode(err), h.line(cfg.LogLevel, ev, rep, done, err)
+	return netlock.ExitCode(err), h.line(cfg.LogLevel, ev, rep, done, err, unguarded)
 }
 
 // caller is CRIU: who started us, or, where that is a script around us, the process
-// whose image directory we were given.
+// whose image directory we were given. Only a lock bears it: to the other hooks it is
+// some reads of /proc that a container would wait for.
 func (h hookCall) caller(ev action.Event, op action.Op) netlock.Caller {
-	switch {
-	case op == action.CheckHost:
+	switch op {
+	case action.Lock, action.Ensure, action.EnsureRemovable:
+	default:
 		return netlock.Caller{}
-	case h.guard != 0:
+	}
+	if h.guard != 0 {
 		return h.criu
 	}
 	pid := os.Getppid()
@@ -103,7 +108,7 @@ func (h hookCall) turn(cfg config.Config, unlocks bool) func(*netlock.Namespace,
 }
 
 // line is what CRIU's log is told about one hook.
-func (h hookCall) line(levelName string, ev action.Event, rep action.Report, done bool, err error) string {
+func (h hookCall) line(levelName string, ev action.Event, rep action.Report, done bool, err, unguarded error) string {
 	level := slog.LevelInfo
 	msg := rep.Result
 	switch {
@@ -112,7 +117,7 @@ func (h hookCall) line(levelName string, ev action.Event, rep action.Report, don
 		if !done {
 			rep.Result = "failed"
 		}
-	case rep.Loud, rep.Guard != nil:
+	case rep.Loud, unguarded != nil:
 		level = slog.LevelWarn
 	}
 	var least slog.Level
@@ -130,8 +135,8 @@ func (h hookCall) line(levelName string, ev action.Event, rep action.Report, don
 	if h.guard != 0 {
 		attrs = append(attrs, slog.Int("guard", h.guard))
 	}
-	if rep.Guard != nil {
-		attrs = append(attrs, slog.String("guard", oneLine(rep.Guard.Error())))
+	if unguarded != nil {
+		attrs = append(attrs, slog.String("guard_err", oneLine(unguarded.Error())))
 	}
 	if err != nil {
 		attrs = append(attrs, slog.String("err", told(err)))

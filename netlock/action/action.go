@@ -185,10 +185,10 @@ type Report struct {
 	Result string
 	// Loud: the result is nothing to be quiet about, though the hook succeeded.
 	Loud bool
-	// WasLocked tells, at setup-namespaces, whether the namespace was locked before.
+	// WasLocked tells, at setup-namespaces, whether the namespace was locked before this
+	// restore: a lock of the same CRIU is of the same hook, which runs twice where it is
+	// configured twice.
 	WasLocked bool
-	// Guard is why the checkpoint has no guard, where it was to get one.
-	Guard error
 }
 
 // Handle does what the event's hook is for.
@@ -218,7 +218,7 @@ func (h *Handler) Handle(ctx context.Context, ev Event) (rep Report, err error) 
 		err = h.check(ctx, ns, &rep)
 	case Lock, Ensure, EnsureRemovable:
 		// One way into the namespace for all that is done there.
-		err = h.turn(ns, func() error { return ns.Do(func() error { return h.lock(ctx, ns, ev.Action, &rep) }) })
+		err = h.turn(ns, func() error { return ns.Do(func() error { return h.lock(ctx, ns, ev, &rep) }) })
 	case Unlock, Sweep:
 		err = h.turn(ns, func() error { return ns.Do(func() error { return h.unlock(ctx, ns, op, &rep) }) })
 	default:
@@ -250,14 +250,14 @@ func (h *Handler) check(ctx context.Context, ns *netlock.Namespace, rep *Report)
 	return nil
 }
 
-func (h *Handler) lock(ctx context.Context, ns *netlock.Namespace, name Name, rep *Report) error {
-	if name == SetupNamespaces || OpOf(name) == EnsureRemovable {
+func (h *Handler) lock(ctx context.Context, ns *netlock.Namespace, ev Event, rep *Report) error {
+	if ev.Action == SetupNamespaces || OpOf(ev.Action) == EnsureRemovable {
 		st, err := h.Locker.State(ctx, ns)
 		if err != nil {
 			return err
 		}
-		if name == SetupNamespaces {
-			rep.WasLocked = st.Locked
+		if ev.Action == SetupNamespaces {
+			rep.WasLocked = st.Locked && !st.Caller.Is(ev.Caller)
 		} else {
 			// After the sockets are there a lock that had been taken away is worth a word.
 			rep.Loud = !st.Locked

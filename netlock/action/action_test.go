@@ -169,6 +169,9 @@ func TestHandle(t *testing.T) {
 	pid := sleeper(t)
 	locked := netlock.State{Locked: true, Found: true, Intact: true, Backend: "nft"}
 	broken := errors.New("broken")
+	criu := netlock.Caller{PID: 7, Name: "criu", Start: 70, Boot: "b"}
+	byIt := locked
+	byIt.Caller = criu
 	for _, c := range []struct {
 		action Name
 		fake   fake
@@ -188,6 +191,7 @@ func TestHandle(t *testing.T) {
 		{NetworkLock, fake{err: map[string]error{"lock": broken}}, "lock", Report{}, broken},
 		{SetupNamespaces, fake{res: netlock.Result{Backend: "nft"}}, "state lock", Report{Backend: "nft", Result: "locked"}, nil},
 		{SetupNamespaces, fake{state: locked, res: netlock.Result{Backend: "nft", Already: true}}, "state lock", Report{Backend: "nft", Result: "already locked", WasLocked: true}, nil},
+		{SetupNamespaces, fake{state: byIt, res: netlock.Result{Backend: "nft", Already: true}}, "state lock", Report{Backend: "nft", Result: "already locked"}, nil},
 		{PostSetupNamespaces, fake{res: netlock.Result{Backend: "nft", Already: true}}, "lock", Report{Backend: "nft", Result: "already locked"}, nil},
 		{PostRestore, fake{state: locked, res: netlock.Result{Backend: "nft", Already: true}}, "state lock", Report{Backend: "nft", Result: "already locked"}, nil},
 		{PostRestore, fake{res: netlock.Result{Backend: "nft"}}, "state lock", Report{Backend: "nft", Result: "the lock had been removed; locked again", Loud: true}, nil},
@@ -202,7 +206,7 @@ func TestHandle(t *testing.T) {
 	} {
 		f := c.fake
 		h := Handler{Locker: &f, Trial: f.trial}
-		rep, err := h.Handle(context.Background(), Event{Action: c.action, PID: pid})
+		rep, err := h.Handle(context.Background(), Event{Action: c.action, PID: pid, Caller: criu})
 		if !errors.Is(err, c.err) || strings.Join(f.calls, " ") != c.calls {
 			t.Errorf("%s: %v, calls %q; %v and %q are wanted", c.action, err, f.calls, c.err, c.calls)
 		}

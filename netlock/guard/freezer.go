@@ -1,6 +1,7 @@
 package guard
 
 import (
+	"strconv"
 	"strings"
 
 	"github.com/criu-netlock/criu-netlock/netlock/internal/proc"
@@ -12,7 +13,7 @@ const cgroupRoot = "/sys/fs/cgroup"
 // Frozen tells whether a cgroup freezer holds the task: of version 2, or of version 1,
 // or of 1 in a hybrid.
 func Frozen(pid int) bool {
-	s, err := proc.Read("/proc/" + itoa(pid) + "/cgroup")
+	s, err := proc.Read("/proc/" + strconv.Itoa(pid) + "/cgroup")
 	if err != nil {
 		return false
 	}

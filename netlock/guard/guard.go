@@ -122,8 +122,8 @@ func decide(f facts) verdict {
 	case !f.alive:
 		return keep
 	case f.stopped, f.frozen && f.wasFrozen:
-		// criu dump --leave-stopped, or a container that was paused before. CRIU's own
-		// freezing of a cgroup stays too when CRIU is killed, and is nobody's purpose.
+		// criu dump --leave-stopped, or a container that was paused before. A freeze that
+		// came with the dump is CRIU's own, which ends by itself or is nobody's purpose.
 		return wait
 	}
 	return release

@@ -69,6 +69,38 @@ func TestFrozenBy(t *testing.T) {
 	}
 }
 
+// A freeze by a real cgroup is seen, and its end.
+func TestFrozen(t *testing.T) {
+	netlocktest.Need(t)
+	dir, file, freeze, thaw := cgroupRoot+"/freezer", "freezer.state", "FROZEN", "THAWED"
+	if _, err := os.Stat(dir); err != nil { // version 2 alone
+		dir, file, freeze, thaw = cgroupRoot, "cgroup.freeze", "1", "0"
+	}
+	dir += "/criu-netlock-test-" + strconv.Itoa(os.Getpid())
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		netlocktest.CannotRun(t, err.Error())
+	}
+	t.Cleanup(func() { // after the task's own: an empty cgroup can go
+		eventually(t, "removed", func() bool { err := os.Remove(dir); return err == nil || errors.Is(err, os.ErrNotExist) })
+	})
+	pid := sleeper(t, "")
+	write := func(name, text string) {
+		t.Helper()
+		if err := os.WriteFile(dir+"/"+name, []byte(text), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("cgroup.procs", strconv.Itoa(pid))
+	if Frozen(pid) {
+		t.Fatal("a task that runs is frozen")
+	}
+	write(file, freeze)
+	t.Cleanup(func() { write(file, thaw) }) // or it does not die
+	eventually(t, "frozen", func() bool { return Frozen(pid) })
+	write(file, thaw)
+	eventually(t, "thawed", func() bool { return !Frozen(pid) })
+}
+
 // A pause of a real task is seen, and its end.
 func TestStopped(t *testing.T) {
 	pid := sleeper(t, "")
@@ -393,21 +425,23 @@ func TestMessages(t *testing.T) {
 	}
 }
 
-// Whatever comes over the socket, the guard goes on and answers the next hook.
-func FuzzSocket(f *testing.F) {
+// What passes for a request reads the same when it is written again.
+func FuzzRequest(f *testing.F) {
 	f.Add([]byte("1\x00123\x00network-lock\x001\x00\x00"))
-	f.Add([]byte(strconv.Itoa(1)))
+	f.Add(Request{Action: "network-unlock", PID: "7", ImageDir: "/proc/6/fd/3", Config: "/c", Sent: -1}.encode())
 	f.Add([]byte{})
 	f.Fuzz(func(t *testing.T, b []byte) {
 		r, err := parseRequest(b)
-		if err == nil && string(r.encode()) != string(b) {
-			if n, e := strconv.ParseInt(strings.Split(string(b), "\x00")[1], 10, 64); e != nil || n != r.Sent {
-				t.Errorf("%q became %q", b, r.encode())
-			}
+		if err != nil {
+			return
+		}
+		if again, err := parseRequest(r.encode()); err != nil || again != r {
+			t.Errorf("%q: %+v, read again %+v, %v", b, r, again, err)
 		}
 	})
 }
 
+// Whatever comes over the socket, the guard goes on and answers the next hook.
 func TestGarbage(t *testing.T) {
 	l := newLab(t, Dump, tempDir(t), namespace(t))
 	l.start(t)

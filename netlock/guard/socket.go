@@ -4,7 +4,6 @@ package guard
 // packet each way on a Unix socket in a directory that root alone can enter.
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"net"
@@ -222,15 +221,13 @@ func ours(c *net.UnixConn) bool {
 	return err == nil && ok
 }
 
-func itoa(n int) string { return strconv.Itoa(n) }
-
 // Alive lists the namespaces, by inode, that a live guard watches.
 func Alive() map[uint64]bool {
 	out := make(map[uint64]bool)
 	names, _ := filepath.Glob(filepath.Join(Dir, "*.*.*"))
 	for _, path := range names {
-		word, _, _ := bytes.Cut([]byte(filepath.Base(path)), []byte("."))
-		if ino, err := strconv.ParseUint(string(word), 10, 64); err == nil && alive(path) {
+		word, _, _ := strings.Cut(filepath.Base(path), ".")
+		if ino, err := strconv.ParseUint(word, 10, 64); err == nil && alive(path) {
 			out[ino] = true
 		}
 	}

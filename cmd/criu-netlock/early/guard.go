@@ -19,7 +19,6 @@ const (
 	// answerTime is how long the guard may take before the hook turns to the work itself.
 	// It works by turns with the guard, so that nothing is done twice at a time.
 	answerTime = 300 * time.Millisecond
-	sayTime    = 100 * time.Millisecond
 )
 
 // Asks tells whether a hook asks the guard. The others come before there is one.
@@ -54,7 +53,7 @@ func ask(name string) {
 	if code >= notDone {
 		return
 	}
-	say(answer[4:])
+	Say(answer[4:])
 	os.Exit(code)
 }
 
@@ -135,24 +134,5 @@ func talk(path string, words []string) (string, bool) {
 		if err != syscall.EINTR {
 			return string(b[:max(n, 0)]), err == nil && n > 0
 		}
-	}
-}
-
-// say writes to CRIU's log, which may be a pipe that nobody reads.
-func say(line string) {
-	done := make(chan struct{})
-	go func() {
-		for b := []byte(line); len(b) > 0; {
-			n, err := syscall.Write(2, b)
-			if err != nil && err != syscall.EINTR {
-				break
-			}
-			b = b[max(n, 0):]
-		}
-		close(done)
-	}()
-	select {
-	case <-done:
-	case <-time.After(sayTime):
 	}
 }
