@@ -3,13 +3,11 @@ package netlock_test
 import (
 	"errors"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"runtime"
 	"strconv"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -17,23 +15,6 @@ import (
 	"github.com/criu-netlock/criu-netlock/netlock"
 	"github.com/criu-netlock/criu-netlock/netlock/netlocktest"
 )
-
-// sleeper is a task in a network namespace of its own, and what ends it.
-func sleeper(t *testing.T) (pid int, kill func()) {
-	t.Helper()
-	netlocktest.Need(t)
-	cmd := exec.Command("sleep", "600")
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	kill = sync.OnceFunc(func() {
-		_ = cmd.Process.Kill()
-		_ = cmd.Wait()
-	})
-	t.Cleanup(kill)
-	return cmd.Process.Pid, kill
-}
 
 func inode(t *testing.T, path string) uint64 {
 	t.Helper()
@@ -49,7 +30,7 @@ func here(t *testing.T) uint64 { t.Helper(); return inode(t, "/proc/thread-self/
 // A namespace is the same one by its task, its path and a descriptor, and outlives
 // the task.
 func TestNamespace(t *testing.T) {
-	pid, kill := sleeper(t)
+	pid, kill := netlocktest.NewTask(t)
 	path := "/proc/" + strconv.Itoa(pid) + "/ns/net"
 	want := inode(t, path)
 	byPID, err := netlock.FromPID(pid)
@@ -95,7 +76,7 @@ func TestNamespace(t *testing.T) {
 
 // Do moves no thread but its own: not while it runs, not afterwards.
 func TestDoKeepsOtherThreads(t *testing.T) {
-	pid, _ := sleeper(t)
+	pid, _ := netlocktest.NewTask(t)
 	ns, err := netlock.FromPID(pid)
 	if err != nil {
 		t.Fatal(err)
@@ -149,7 +130,7 @@ func wantKind(t *testing.T, ns *netlock.Namespace, err error, kind netlock.Kind,
 }
 
 func TestFromPIDRefuses(t *testing.T) {
-	dead, kill := sleeper(t)
+	dead, kill := netlocktest.NewTask(t)
 	kill()
 	for _, c := range []struct {
 		pid  int
@@ -190,7 +171,7 @@ func TestFromPIDRefuses(t *testing.T) {
 }
 
 func TestFromPathRefuses(t *testing.T) {
-	pid, _ := sleeper(t)
+	pid, _ := netlocktest.NewTask(t)
 	dir := t.TempDir()
 	regular, fifo := filepath.Join(dir, "regular"), filepath.Join(dir, "fifo")
 	if err := os.WriteFile(regular, nil, 0o600); err != nil {
@@ -272,7 +253,7 @@ func TestMissingCapability(t *testing.T) {
 }
 
 func TestFromFDRefuses(t *testing.T) {
-	pid, _ := sleeper(t)
+	pid, _ := netlocktest.NewTask(t)
 	for path, kind := range map[string]netlock.Kind{
 		"/dev/null": netlock.KindInput, "/": netlock.KindInput,
 		"/proc/" + strconv.Itoa(pid) + "/ns/mnt": netlock.KindInput, "/proc/self/ns/net": netlock.KindRefused,

@@ -19,6 +19,7 @@ import (
 	"github.com/criu-netlock/criu-netlock/netlock"
 	"github.com/criu-netlock/criu-netlock/netlock/netlocktest"
 	"github.com/criu-netlock/criu-netlock/nft"
+	"github.com/criu-netlock/criu-netlock/nft/nfnl"
 )
 
 var update = flag.Bool("update", false, "rewrite testdata")
@@ -46,7 +47,7 @@ func helper(op string) int {
 	if err == nil {
 		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 		defer cancel()
-		b := nft.New(nft.WithRelease(nft.Park))
+		b := nft.New(nft.WithRelease(nfnl.Park))
 		if op == "lock" {
 			_, err = b.Lock(ctx, ns, options)
 		} else {

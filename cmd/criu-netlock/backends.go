@@ -9,6 +9,7 @@ import (
 	"github.com/criu-netlock/criu-netlock/netlock"
 	"github.com/criu-netlock/criu-netlock/netlock/config"
 	"github.com/criu-netlock/criu-netlock/nft"
+	"github.com/criu-netlock/criu-netlock/nft/nfnl"
 )
 
 // newLocker is the Locker that a configuration asks for. An explicit backend never
@@ -32,7 +33,7 @@ func newLocker(cfg config.Config, caller netlock.Caller, opts ...nft.Option) *ne
 // hookLocker is newLocker for a process that exits at once after unlocking, with CRIU
 // waiting: it must not be the one that waits for the kernel's clean-up.
 func hookLocker(cfg config.Config, caller netlock.Caller) *netlock.Locker {
-	return newLocker(cfg, caller, nft.WithRelease(nft.Park))
+	return newLocker(cfg, caller, nft.WithRelease(nfnl.Park))
 }
 
 // variant is one way to lock and no other, for check to try.

@@ -57,14 +57,7 @@ func (s *Session) NewLAN(ctx context.Context, name string) (_ *Net, err error) {
 			"link set "+Eth+" up",
 			"addr add "+PeerV4+"/24 dev "+Eth,
 			"addr add "+PeerV6+"/64 dev "+Eth+" nodad"))
-	if err == nil {
-		n.Peer, err = netlock.FromPath(s.Path(n.Path()))
-	}
-	if err != nil {
-		s.Run(ctx, "ip", "netns", "del", name)
-		return nil, err
-	}
-	return n, nil
+	return n.opened(ctx, err)
 }
 
 // Extend makes a bridge in another session apart and joins it to this one: two hosts
@@ -105,11 +98,16 @@ func (s *Session) NewNet(ctx context.Context, name string) (*Net, error) {
 		"addr add "+PeerV4+"/24 dev "+Bridge,
 		"addr add "+PeerV6+"/64 dev "+Bridge+" nodad",
 	)
+	return n.opened(ctx, err)
+}
+
+// opened is the Net with its peer's handle, or, after an error, nothing.
+func (n *Net) opened(ctx context.Context, err error) (*Net, error) {
 	if err == nil {
-		n.Peer, err = netlock.FromPath(s.Path(n.Path()))
+		n.Peer, err = netlock.FromPath(n.s.Path(n.Path()))
 	}
 	if err != nil {
-		s.Run(ctx, "ip", "netns", "del", name)
+		n.s.Run(ctx, "ip", "netns", "del", n.name)
 		return nil, err
 	}
 	return n, nil

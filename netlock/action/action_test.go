@@ -4,10 +4,8 @@ import (
 	"context"
 	"errors"
 	"os"
-	"os/exec"
 	"strconv"
 	"strings"
-	"syscall"
 	"testing"
 
 	"github.com/criu-netlock/criu-netlock/netlock"
@@ -149,24 +147,8 @@ func (f *fake) trial(context.Context) (netlock.Result, error) {
 	return f.res, f.err["trial"]
 }
 
-// sleeper is a task in a network namespace of its own.
-func sleeper(t *testing.T) int {
-	t.Helper()
-	netlocktest.Need(t)
-	cmd := exec.Command("sleep", "600")
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		_ = cmd.Process.Kill()
-		_ = cmd.Wait()
-	})
-	return cmd.Process.Pid
-}
-
 func TestHandle(t *testing.T) {
-	pid := sleeper(t)
+	pid, _ := netlocktest.NewTask(t)
 	locked := netlock.State{Locked: true, Found: true, Intact: true, Backend: "nft"}
 	broken := errors.New("broken")
 	criu := netlock.Caller{PID: 7, Name: "criu", Start: 70, Boot: "b"}
@@ -239,7 +221,7 @@ func TestHandleOwnNamespace(t *testing.T) {
 
 // Whatever changes a lock waits for its turn, and what does not comes at once.
 func TestHandleTurn(t *testing.T) {
-	pid := sleeper(t)
+	pid, _ := netlocktest.NewTask(t)
 	broken := errors.New("not your turn")
 	for a, op := range table {
 		f := &fake{}

@@ -4,11 +4,9 @@ import (
 	"context"
 	"errors"
 	"os"
-	"os/exec"
 	"slices"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
@@ -94,27 +92,17 @@ func (f *fake) options() Options {
 
 // sleeper is a task in a network namespace of its own.
 type sleeper struct {
-	cmd *exec.Cmd
-	ino uint64
+	id   int
+	kill func()
+	ino  uint64
 }
 
-func (s *sleeper) pid() int { return s.cmd.Process.Pid }
-
-func (s *sleeper) kill() {
-	_ = s.cmd.Process.Kill()
-	_ = s.cmd.Wait()
-}
+func (s *sleeper) pid() int { return s.id }
 
 func newSleeper(t testing.TB) *sleeper {
 	t.Helper()
-	netlocktest.Need(t)
-	cmd := exec.Command("sleep", "600")
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	s := &sleeper{cmd: cmd}
-	t.Cleanup(s.kill)
+	s := &sleeper{}
+	s.id, s.kill = netlocktest.NewTask(t)
 	ns, err := netlock.FromPID(s.pid())
 	if err != nil {
 		t.Fatal(err)

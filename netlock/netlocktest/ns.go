@@ -12,6 +12,8 @@ import (
 	"os/exec"
 	"runtime"
 	"strings"
+	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -238,4 +240,22 @@ func Until(cond func() (bool, error)) error {
 		case <-tick.C:
 		}
 	}
+}
+
+// NewTask starts a task in a network namespace of its own, and returns its pid and what
+// ends it. The test's end ends it too.
+func NewTask(t testing.TB) (pid int, kill func()) {
+	t.Helper()
+	Need(t)
+	cmd := exec.Command("sleep", "600")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	kill = sync.OnceFunc(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	})
+	t.Cleanup(kill)
+	return cmd.Process.Pid, kill
 }
