@@ -6,9 +6,10 @@
 // (setup-namespaces). It holds a pidfd of CRIU and one of the root task, and when CRIU
 // is gone and the lock is still there it does what decide says.
 //
-// It also serves the hooks of its checkpoint: being warm, and staying when the hook
-// exits, it locks faster than they can, and it is the one that waits for the kernel's
-// clean-up after an unlock. A hook that gets no answer does the work itself.
+// It also serves the hooks of its checkpoint: it stays when the hook exits, and so it is
+// the one that waits for the kernel's clean-up after an unlock. A hook that gets no
+// answer does the work itself, and takes hardly longer: most of a hook's time is the
+// start of its process.
 //
 // Nothing is kept in files. The sockets in Dir say which guards there are; whether a
 // namespace is locked is asked of the kernel.
