@@ -27,7 +27,7 @@ type Session struct {
 	c *conn
 
 	// Of criu swrk alone.
-	pid    int
+	criu   *os.Process
 	exited chan struct{}
 
 	closing sync.Once
@@ -55,7 +55,7 @@ func Swrk(cmd *exec.Cmd) (*Session, error) {
 		_ = c.close() // the error before it is the one to tell
 		return nil, fmt.Errorf("start criu swrk: %w", err)
 	}
-	s := &Session{c: c, pid: cmd.Process.Pid, exited: make(chan struct{})}
+	s := &Session{c: c, criu: cmd.Process, exited: make(chan struct{})}
 	go func() {
 		_ = cmd.Wait() // its responses say what became of its work
 		close(s.exited)
@@ -97,10 +97,9 @@ func (s *Session) Close() error {
 		select {
 		case <-s.exited:
 		case <-t.C:
-			// Its parent has not waited for it before exited is closed, so the pid is still its own.
-			_ = syscall.Kill(s.pid, syscall.SIGKILL)
+			_ = s.criu.Kill() // by its pidfd or not at all: it may be ending now, and its pid another's
 			<-s.exited
-			s.err = errors.Join(s.err, fmt.Errorf("criu swrk, pid %d, had not ended %v after its connection: killed", s.pid, closeTime))
+			s.err = errors.Join(s.err, fmt.Errorf("criu swrk, pid %d, had not ended %v after its connection: killed", s.criu.Pid, closeTime))
 		}
 	})
 	return s.err
@@ -198,8 +197,8 @@ func (s *Session) Restore(ctx context.Context, opts *rpc.CriuOpts, callback Call
 }
 
 func (s *Session) run(ctx context.Context, typ rpc.CriuReqType, opts *rpc.CriuOpts, callback Callback, c *Checkpoint) (_ *rpc.CriuResp, err error) {
-	if s.pid != 0 {
-		c.SetCRIU(s.pid)
+	if s.criu != nil {
+		c.SetCRIU(s.criu.Pid)
 	}
 	whole := false // a response has come, so CRIU has ended its work
 	err = errors.New("a callback has panicked")
