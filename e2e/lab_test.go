@@ -31,6 +31,8 @@ const (
 	oursPath     = testbed.BinDir + "/criu-netlock"
 	relayPath    = testbed.BinDir + "/relay"
 	workloadPath = testbed.BinDir + "/workload"
+	// rpcClientPath drives CRIU over RPC, by CRIU's own command line.
+	rpcClientPath = testbed.BinDir + "/rpcclient"
 )
 
 // A lab is what all tests share: one session of the testbed.
@@ -130,7 +132,7 @@ func newLab(r testbed.Recipe, enter func(*testbed.Root, context.Context) (*testb
 			s.Close()
 		}
 	}()
-	programs := map[string]string{"workload": "e2e/workload"}
+	programs := map[string]string{"workload": "e2e/workload", "rpcclient": "e2e/rpcclient"}
 	ours := os.Getenv(envBinary)
 	if ours == "" {
 		programs["criu-netlock"] = "cmd/criu-netlock"
@@ -207,6 +209,8 @@ func begin(t *testing.T, engine, lock string, scripts ...string) *fixture {
 	switch engine {
 	case "criu":
 		f.e = &testbed.CLI{Container: c}
+	case "go-criu", "swrk", "service":
+		f.e = &testbed.CLI{Container: c, Client: []string{rpcClientPath, engine}}
 	case "criu-shared":
 		f.e = &testbed.CLI{Container: c, Shared: true}
 	case "runc":

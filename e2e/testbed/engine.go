@@ -144,6 +144,8 @@ type CLI struct {
 	// Shared puts the workload into CRIU's own namespace instead, the way a container
 	// on the host's network is: there is nothing to attach and nothing to lock.
 	Shared bool
+	// Client, if set, is a program that takes CRIU's command line and has CRIU do it.
+	Client []string
 	pid    int
 }
 
@@ -199,8 +201,12 @@ func (e *CLI) criu(ctx context.Context, verb string, args ...string) error {
 		return err
 	}
 	_, images := e.dir("images")
-	argv := append([]string{"criu", verb, "--images-dir", images, "--work-dir", work, "--log-file", verb + ".log", "-v4",
-		"--tcp-established", "--network-lock", e.Lock}, args...)
+	client := e.Client
+	if client == nil {
+		client = []string{"criu"}
+	}
+	argv := append(slices.Concat(client, []string{verb, "--images-dir", images, "--work-dir", work, "--log-file", verb + ".log", "-v4",
+		"--tcp-established", "--network-lock", e.Lock}), args...)
 	for _, s := range e.lastFirst() {
 		argv = append(argv, "--action-script", s)
 	}

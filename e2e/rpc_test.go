@@ -1,0 +1,166 @@
+package e2e
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+
+	"github.com/criu-netlock/criu-netlock/e2e/testbed"
+)
+
+// The interfaces over which package criurpc locks.
+var rpcEngines = []string{"go-criu", "swrk", "service"}
+
+// newRPCRun is newRun for a program that locks over RPC, without an action script of ours:
+// the one that watches runs after each notification.
+func newRPCRun(t *testing.T, engine, lock string) *run {
+	t.Helper()
+	r := &run{fixture: begin(t, engine, lock, relayPath)}
+	r.begin()
+	return r
+}
+
+// client sets how the program that drives CRIU misbehaves from now on.
+func (r *run) client(engine string, flags ...string) {
+	r.e.(*testbed.CLI).Client = append(append([]string{rpcClientPath}, flags...), engine)
+}
+
+func TestRPC(t *testing.T) {
+	for _, engine := range rpcEngines {
+		locks := []string{"skip"}
+		if engine == "swrk" {
+			locks = append(locks, "iptables", "nftables")
+		}
+		for _, lock := range locks {
+			for _, c := range cases {
+				if c.engine != "" {
+					continue
+				}
+				t.Run(engine+"/"+lock+"/"+c.name, func(t *testing.T) {
+					r := newRPCRun(t, engine, lock)
+					c.run(r)
+					r.finish()
+				})
+			}
+		}
+	}
+}
+
+// broken runs a dump or restore that fails without a hook of the test's being the cause,
+// and returns its error.
+func (r *run) broken(f func() error) error {
+	r.t.Helper()
+	r.l.hooks.Handle(nil)
+	err := f()
+	if err == nil {
+		r.t.Fatal("it succeeded")
+	}
+	return err
+}
+
+// runsOn asserts that the container lives on, unlocked, with its connections.
+func (r *run) runsOn() {
+	r.t.Helper()
+	rules, err := r.l.Rules(r.ctx, r.e.Netns())
+	if tables, _, _ := ours(rules); err != nil || len(tables) != 0 {
+		r.t.Fatalf("locked: %v\n%s", err, rules)
+	}
+	r.flows("after a dump that failed")
+}
+
+// A lock that is refused aborts the dump, and the container runs on.
+func TestRPCRefused(t *testing.T) {
+	for _, engine := range rpcEngines {
+		t.Run(engine, func(t *testing.T) {
+			r := newRPCRun(t, engine, "skip")
+			r.client(engine, "-refuse")
+			err := r.broken(func() error { return r.e.Dump(r.ctx, false) })
+			if !strings.Contains(err.Error(), "refused on purpose") {
+				t.Errorf("the error has not its cause: %v", err)
+			}
+			if log, err := r.e.Log(); err != nil || strings.Count(log, "action=network-lock ") != 1 || !strings.Contains(log, "err=refused") {
+				t.Errorf("it was not network-lock that failed: %v\n%s", err, ofInterest(log))
+			}
+			r.runsOn()
+			r.client(engine)
+			want(t, r.dump("", true), "pre-dump", "network-lock", "post-dump", "network-unlock")
+			r.finish()
+		})
+	}
+}
+
+// A callback of the caller's that fails leaves no task locked that lives on. With go-criu
+// CRIU can call no hook from there on.
+func TestRPCCallbackFails(t *testing.T) {
+	for _, engine := range rpcEngines {
+		for _, hook := range []string{"pre-dump", "network-lock", "post-dump"} {
+			t.Run(engine+"/dump/"+hook, func(t *testing.T) {
+				r := newRPCRun(t, engine, "skip")
+				r.client(engine, "-fail", hook)
+				if err := r.broken(func() error { return r.e.Dump(r.ctx, false) }); !strings.Contains(err.Error(), "failed on purpose") {
+					t.Errorf("the error has not its cause: %v", err)
+				}
+				r.runsOn()
+				r.client(engine)
+				r.dump("", true)
+				r.finish()
+			})
+		}
+		for _, hook := range []string{"post-setup-namespaces", "post-restore"} {
+			t.Run(engine+"/restore/"+hook, func(t *testing.T) {
+				r := newRPCRun(t, engine, "skip")
+				r.dump("", false)
+				r.client(engine, "-fail", hook)
+				r.silence() // the namespace goes with its tasks
+				if err := r.broken(func() error { return r.e.Restore(r.ctx) }); !strings.Contains(err.Error(), "failed on purpose") {
+					t.Errorf("the error has not its cause: %v", err)
+				}
+				r.dead()
+				r.client(engine)
+				r.restore("")
+				r.finish()
+			})
+		}
+		// CRIU goes on in spite of these: the tasks run, and must not be locked.
+		for _, hook := range []string{"network-unlock", "post-resume"} {
+			t.Run(engine+"/restore/"+hook, func(t *testing.T) {
+				r := newRPCRun(t, engine, "skip")
+				pid := r.e.PID()
+				r.dump("", false)
+				r.client(engine, "-fail", hook)
+				r.l.hooks.Handle(nil)
+				err := r.e.Restore(r.ctx)
+				if failed := err != nil; failed != (engine == "go-criu") {
+					t.Errorf("restore: %v", err)
+				}
+				rules, err := r.l.Rules(r.ctx, fmt.Sprintf("/proc/%d/ns/net", pid)) // restored tasks have the pids they had
+				if err != nil || rules != r.rules {
+					t.Errorf("the rule set was\n%s\nand is\n%s%v", r.rules, rules, err)
+				}
+				r.flows("after the restore")
+				if r.e.PID() == 0 {
+					r.killHalfRestored() // the engine does not know that it lives
+				}
+			})
+		}
+	}
+}
+
+// A client whose time is up goes away in the middle of a dump.
+func TestRPCGoesAway(t *testing.T) {
+	for _, engine := range []string{"swrk", "service"} {
+		for _, hook := range []string{"network-lock", "post-dump"} {
+			t.Run(engine+"/"+hook, func(t *testing.T) {
+				r := newRPCRun(t, engine, "skip")
+				r.client(engine, "-go", hook)
+				if err := r.broken(func() error { return r.e.Dump(r.ctx, false) }); !strings.Contains(err.Error(), "context canceled") {
+					t.Errorf("the error has not its cause: %v", err)
+				}
+				r.runsOn()
+				r.client(engine)
+				r.dump("", true)
+				r.finish()
+			})
+		}
+	}
+}

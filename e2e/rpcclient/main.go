@@ -1,0 +1,257 @@
+// The client drives CRIU over RPC with the lock of package criurpc: by go-criu, by a
+// session of our own over criu swrk, or over criu service. It takes what CRIU's command
+// line takes, so that the tests run it in CRIU's place:
+//
+//	rpcclient [-fail HOOK] [-go HOOK] [-refuse] go-criu|swrk|service dump|restore OPTION…
+//
+// What our part has done it appends to CRIU's log.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"log"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+
+	criu "github.com/checkpoint-restore/go-criu/v8"
+	"github.com/checkpoint-restore/go-criu/v8/rpc"
+
+	"github.com/criu-netlock/criu-netlock/e2e/testbed"
+	"github.com/criu-netlock/criu-netlock/netlock"
+	"github.com/criu-netlock/criu-netlock/netlock/action"
+	"github.com/criu-netlock/criu-netlock/netlock/criurpc"
+	"github.com/criu-netlock/criu-netlock/nft"
+)
+
+var (
+	failAt = flag.String("fail", "", "the `hook` whose callback fails")
+	refuse = flag.Bool("refuse", false, "the backend refuses to lock")
+	goAway = flag.String("go", "", "the `hook` at which the client's context ends")
+)
+
+func main() {
+	log.SetFlags(0)
+	log.SetPrefix("rpcclient: ")
+	flag.Parse()
+	if flag.Arg(0) == "terminal" {
+		if err := terminal(flag.Arg(1)); err != nil {
+			log.Fatal(err)
+		}
+		return
+	}
+	if flag.NArg() < 2 {
+		log.Fatal("want an interface and a verb")
+	}
+	if err := run(flag.Arg(0), flag.Arg(1), flag.Args()[2:]); err != nil {
+		log.Fatal(err)
+	}
+}
+
+// job is a dump or restore, from CRIU's command line.
+type job struct {
+	opts    rpc.CriuOpts
+	work    string
+	logFile string
+	pidFile string
+	scripts []string
+}
+
+func ptr[T any](v T) *T { return &v }
+
+var lockMethods = map[string]rpc.CriuNetworkLockMethod{
+	"skip": rpc.CriuNetworkLockMethod_SKIP, "iptables": rpc.CriuNetworkLockMethod_IPTABLES, "nftables": rpc.CriuNetworkLockMethod_NFTABLES,
+}
+
+func parse(verb string, args []string) (*job, error) {
+	j := &job{}
+	f := flag.NewFlagSet(verb, flag.ContinueOnError)
+	images := f.String("images-dir", "", "")
+	f.StringVar(&j.work, "work-dir", "", "")
+	f.StringVar(&j.logFile, "log-file", "", "")
+	f.StringVar(&j.pidFile, "pidfile", "", "")
+	lock := f.String("network-lock", "", "")
+	established := f.Bool("tcp-established", false, "")
+	running := f.Bool("leave-running", false, "")
+	tree := f.Int("tree", 0, "")
+	f.Bool("restore-detached", false, "") // over RPC it always is
+	f.Bool("v4", false, "")
+	f.Func("external", "", func(s string) error { j.opts.External = append(j.opts.External, s); return nil })
+	f.Func("action-script", "", func(s string) error { j.scripts = append(j.scripts, s); return nil })
+	if err := f.Parse(args); err != nil {
+		return nil, err
+	}
+	imagesDir, err := os.Open(*images)
+	if err != nil {
+		return nil, err
+	}
+	workDir, err := os.Open(j.work)
+	if err != nil {
+		return nil, err
+	}
+	method, ok := lockMethods[*lock]
+	if !ok {
+		return nil, fmt.Errorf("network-lock %q", *lock)
+	}
+	j.opts.ImagesDirFd, j.opts.WorkDirFd = ptr(int32(imagesDir.Fd())), ptr(int32(workDir.Fd()))
+	j.opts.LogFile, j.opts.LogLevel = &j.logFile, ptr(int32(4))
+	j.opts.TcpEstablished, j.opts.LeaveRunning, j.opts.NetworkLock = established, running, &method
+	if *tree != 0 {
+		j.opts.Pid = ptr(int32(*tree))
+	}
+	// Scripts cannot be named over RPC, only in a file.
+	config := filepath.Join(j.work, "criu.conf")
+	var b strings.Builder
+	for _, s := range j.scripts {
+		b.WriteString("action-script " + s + "\n")
+	}
+	j.opts.ConfigFile = &config
+	return j, os.WriteFile(config, []byte(b.String()), 0o644)
+}
+
+// refusing is a backend that cannot lock, which shows only when it is to.
+type refusing struct{ netlock.Backend }
+
+var errRefused = errors.New("refused on purpose")
+
+func (r refusing) Lock(ctx context.Context, ns *netlock.Namespace, o netlock.Options) (netlock.Result, error) {
+	if o.Caller.Task != 0 && !strings.Contains(ns.String(), "(fd ") { // but for the trial's namespace
+		return netlock.Result{}, errRefused
+	}
+	return r.Backend.Lock(ctx, ns, o)
+}
+
+func run(via, verb string, args []string) error {
+	j, err := parse(verb, args)
+	if err != nil {
+		return err
+	}
+	var backend netlock.Backend = nft.New()
+	if *refuse {
+		backend = refusing{backend}
+	}
+	var said strings.Builder
+	done := map[action.Name]bool{}
+	o := criurpc.Options{Locker: netlock.New(backend), Log: func(e criurpc.Entry) {
+		// Once a hook is what the tests count; around a callback setup-namespaces is twice.
+		if name := e.Event.Action; e.Err == nil && done[name] {
+			return
+		}
+		done[e.Event.Action] = true
+		fmt.Fprintf(&said, "rpcclient: action=%s pid=%d netns=%d result=%q took=%v err=%v\n", e.Event.Action, e.Event.PID, e.Report.Netns, e.Report.Result, e.Took, e.Err)
+	}}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	pid := 0
+	switch via {
+	case "go-criu":
+		pid, err = byGoCriu(j, verb, o)
+	case "swrk":
+		var s *criurpc.Session
+		if s, err = criurpc.Swrk(exec.Command("criu")); err == nil {
+			pid, err = bySession(ctx, cancel, s, j, verb, o)
+		}
+	case "service":
+		pid, err = byService(ctx, cancel, j, verb, o)
+	default:
+		err = fmt.Errorf("interface %q", via)
+	}
+	if pid != 0 && j.pidFile != "" {
+		err = errors.Join(err, os.WriteFile(j.pidFile, []byte(fmt.Sprint(pid)), 0o644))
+	}
+	return errors.Join(err, appendTo(filepath.Join(j.work, j.logFile), said.String()))
+}
+
+func appendTo(name, text string) error {
+	f, err := os.OpenFile(name, os.O_APPEND|os.O_WRONLY|os.O_CREATE, 0o644)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(text)
+	return errors.Join(err, f.Close())
+}
+
+var errOnPurpose = errors.New("the callback has failed on purpose")
+
+func bySession(ctx context.Context, cancel func(), s *criurpc.Session, j *job, verb string, o criurpc.Options) (pid int, err error) {
+	defer func() { err = errors.Join(err, s.Close()) }()
+	var callback criurpc.Callback
+	if *failAt != "" || *goAway != "" {
+		callback = func(_ context.Context, n *criurpc.Notification) error {
+			switch string(n.Action) {
+			case *failAt:
+				return errOnPurpose
+			case *goAway:
+				cancel()
+			}
+			return nil
+		}
+	}
+	if verb == "dump" {
+		_, err := s.Dump(ctx, &j.opts, callback, o)
+		return 0, err
+	}
+	resp, err := s.Restore(ctx, &j.opts, callback, o)
+	return int(resp.GetRestore().GetPid()), err
+}
+
+func byService(ctx context.Context, cancel func(), j *job, verb string, o criurpc.Options) (pid int, err error) {
+	socket := filepath.Join(j.work, "service.sock")
+	service := exec.Command("criu", "service", "--address", socket)
+	if err := service.Start(); err != nil {
+		return 0, err
+	}
+	defer func() {
+		err = errors.Join(err, service.Process.Kill())
+		_ = service.Wait() // killed
+	}()
+	var s *criurpc.Session
+	if err := testbed.Poll(ctx, func() (err error) {
+		s, err = criurpc.Dial(ctx, socket)
+		return err
+	}); err != nil {
+		return 0, err
+	}
+	return bySession(ctx, cancel, s, j, verb, o)
+}
+
+// callbacks are a go-criu program's own.
+type callbacks struct {
+	criu.NoNotify
+	pid int
+}
+
+func (c *callbacks) fail(hook string) error {
+	if hook == *failAt {
+		return errOnPurpose
+	}
+	return nil
+}
+
+func (c *callbacks) PreDump() error       { return c.fail("pre-dump") }
+func (c *callbacks) NetworkLock() error   { return c.fail("network-lock") }
+func (c *callbacks) PostDump() error      { return c.fail("post-dump") }
+func (c *callbacks) NetworkUnlock() error { return c.fail("network-unlock") }
+func (c *callbacks) PostResume() error    { return c.fail("post-resume") }
+func (c *callbacks) PostRestore(pid int32) error {
+	c.pid = int(pid) // go-criu does not return it
+	return c.fail("post-restore")
+}
+func (c *callbacks) PostSetupNamespaces() error { return c.fail("post-setup-namespaces") }
+
+// SetupNamespaces is NoNotify's: ours runs twice around another one.
+
+func byGoCriu(j *job, verb string, o criurpc.Options) (int, error) {
+	theirs := &callbacks{}
+	c := criu.MakeCriu()
+	if verb == "dump" {
+		return 0, criurpc.Dump(c, &j.opts, theirs, o)
+	}
+	err := criurpc.Restore(c, &j.opts, theirs, o)
+	return theirs.pid, err
+}
