@@ -1,9 +1,19 @@
 package e2e
 
 import (
+	"context"
+	"errors"
 	"fmt"
+	"go/doc/comment"
+	"go/parser"
+	"go/token"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/criu-netlock/criu-netlock/e2e/testbed"
 )
@@ -163,4 +173,73 @@ func TestRPCGoesAway(t *testing.T) {
 			})
 		}
 	}
+}
+
+// The descriptor that comes with orphan-pts-master arrives, and is a terminal that works.
+func TestRPCTerminal(t *testing.T) {
+	l := openLab(t)
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	dir := "/run/e2e/terminal"
+	if err := os.Mkdir(filepath.Join(l.Work, "terminal"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := l.Run(ctx, rpcClientPath, "terminal", dir); err != nil {
+		t.Error(err)
+	}
+	(&fixture{t: t, l: l}).nothingLeft()
+}
+
+// The example in the package's documentation is a program that works.
+func TestRPCExample(t *testing.T) {
+	r := newRPCRun(t, "go-criu", "skip")
+	dir := filepath.Join(r.l.Work, "example")
+	if err := errors.Join(os.MkdirAll(dir, 0o700), os.WriteFile(filepath.Join(dir, "main.go"), []byte(example(t)), 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	build := exec.CommandContext(r.ctx, "go", "build", "-o", filepath.Join(r.l.Work, "bin", "example"), filepath.Join(dir, "main.go"))
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	// It sets no action script, so the one that watches is set for all of CRIU.
+	conf := filepath.Join(r.l.Work, "criu/default.conf")
+	if err := os.WriteFile(conf, []byte("action-script "+relayPath+"\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	defer os.Remove(conf)
+	r.l.hooks.Handle(r.watch)
+	out, err := r.l.RunIn(r.ctx, r.net.Path(), testbed.BinDir+"/example", strconv.Itoa(r.e.PID()), testbed.WorkDir+"/example")
+	if err = errors.Join(append(r.errs, err)...); err != nil {
+		t.Fatal(err)
+	}
+	var hooks []string
+	for _, h := range r.l.hooks.Seen() {
+		hooks = append(hooks, h.Action)
+	}
+	want(t, hooks, "pre-dump", "network-lock", "post-dump", "network-unlock")
+	for _, line := range []string{"pre-dump: possible", "network-lock: locked", "network-unlock: unlocked"} {
+		if !strings.Contains(out, line) {
+			t.Errorf("it does not say %q:\n%s", line, out)
+		}
+	}
+	r.l.hooks.Handle(nil)
+	r.finish()
+}
+
+// example is the one program in the documentation of package criurpc.
+func example(t *testing.T) string {
+	t.Helper()
+	const file = "../netlock/criurpc/criurpc.go"
+	f, err := parser.ParseFile(token.NewFileSet(), file, nil, parser.ParseComments|parser.PackageClauseOnly)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, b := range new(comment.Parser).Parse(f.Doc.Text()).Content {
+		if c, ok := b.(*comment.Code); ok && strings.HasPrefix(c.Text, "package main\n") {
+			return c.Text
+		}
+	}
+	t.Fatalf("%s has no program in its documentation", file)
+	return ""
 }

@@ -4,11 +4,15 @@ import (
 	"context"
 	"errors"
 	"os"
+	"os/exec"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/criu-netlock/criu-netlock/netlock"
 	"github.com/criu-netlock/criu-netlock/netlock/action"
@@ -356,4 +360,29 @@ func TestPanic(t *testing.T) {
 	if f.is(s.ino) {
 		t.Error("locked")
 	}
+}
+
+// While CRIU traces a task its sockets may be half taken apart: the unlock waits, but not
+// for ever.
+func TestEndWaitsForTracer(t *testing.T) {
+	s, f := newSleeper(t), newFake()
+	o := f.options()
+	o.Timeout = 2 * time.Second
+	c := NewDump(s.pid(), false, o)
+	handle(t, c, 0, action.NetworkLock)
+	// A tracer is a thread.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	if _, _, errno := unix.Syscall6(unix.SYS_PTRACE, unix.PTRACE_SEIZE, uintptr(s.pid()), 0, 0, 0, 0); errno != 0 {
+		t.Fatal(errno)
+	}
+	start := time.Now()
+	err := c.End(errBroken)
+	if took := time.Since(start); took < time.Second {
+		t.Errorf("unlocked after %v, and still traced", took)
+	}
+	if !errors.Is(err, errBroken) || f.is(s.ino) {
+		t.Errorf("%v, locked: %v", err, f.is(s.ino))
+	}
+	// It lets go with the task: Go has no PTRACE_DETACH for one that is not stopped.
 }

@@ -23,6 +23,47 @@
 // End, or Dump and Restore, which do it. A task that lives on is unlocked then; one that is
 // dumped and dead stays locked until it is restored.
 //
+// A program that takes a checkpoint of a task tree, which lives on, with go-criu:
+//
+//	package main
+//
+//	import (
+//		"log"
+//		"os"
+//		"strconv"
+//
+//		criu "github.com/checkpoint-restore/go-criu/v8"
+//		"github.com/checkpoint-restore/go-criu/v8/rpc"
+//
+//		"github.com/criu-netlock/criu-netlock/netlock"
+//		"github.com/criu-netlock/criu-netlock/netlock/criurpc"
+//		"github.com/criu-netlock/criu-netlock/nft"
+//	)
+//
+//	// checkpoint PID DIRECTORY
+//	func main() {
+//		pid, err := strconv.Atoi(os.Args[1])
+//		if err != nil {
+//			log.Fatal(err)
+//		}
+//		images, err := os.Open(os.Args[2])
+//		if err != nil {
+//			log.Fatal(err)
+//		}
+//		defer images.Close()
+//
+//		task, dir, yes, skip := int32(pid), int32(images.Fd()), true, rpc.CriuNetworkLockMethod_SKIP
+//		opts := &rpc.CriuOpts{Pid: &task, ImagesDirFd: &dir, TcpEstablished: &yes, LeaveRunning: &yes, NetworkLock: &skip}
+//		// The program's own callbacks, a criu.Notify, would stand in the place of nil.
+//		err = criurpc.Dump(criu.MakeCriu(), opts, nil, criurpc.Options{
+//			Locker: netlock.New(nft.New()),
+//			Log:    func(e criurpc.Entry) { log.Print(e.Event.Action, ": ", e.Report.Result) },
+//		})
+//		if err != nil {
+//			log.Fatal(err)
+//		}
+//	}
+//
 // Be aware:
 //   - A program that is killed says nothing. Where that matters, criu-netlock as CRIU's
 //     action script beside this package brings a guard; or criu-netlock gc ends the lock.
