@@ -29,7 +29,7 @@ func inCRIU(program string, dumps int) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, s.Close()) }()
-	if err := s.Build(ctx, map[string]string{"workload": "e2e/workload"}); err != nil {
+	if err := s.Build(ctx, map[string]string{"workload": "e2e/workload", "rpcclient": "e2e/rpcclient"}); err != nil {
 		return err
 	}
 	b, err := os.ReadFile(program)
@@ -50,6 +50,7 @@ func inCRIU(program string, dumps int) (err error) {
 		name, lock           string
 		scripts              []string
 		config               string // netlock.toml
+		client               []string
 		locks, unlocks, ices []time.Duration
 	}{
 		{name: "no lock at all (`network-lock skip`)", lock: "skip"},
@@ -57,11 +58,13 @@ func inCRIU(program string, dumps int) (err error) {
 		{name: "CRIU's, nftables", lock: "nftables"},
 		{name: "**criu-netlock** (`skip` + action script)", lock: "skip", scripts: ours},
 		{name: "criu-netlock without its guard (`guard = false`)", lock: "skip", scripts: ours, config: "guard = false\n"},
+		{name: "**package criurpc**, a session over `criu swrk`", lock: "skip", client: []string{testbed.BinDir + "/rpcclient", "swrk"}},
+		{name: "package criurpc, by go-criu", lock: "skip", client: []string{testbed.BinDir + "/rpcclient", "go-criu"}},
 	}
 	for i := range rows {
 		r := &rows[i]
 		e := &testbed.CLI{Container: testbed.Container{S: s, Net: n, ID: "bench" + strconv.Itoa(i), Lock: r.lock, Scripts: r.scripts,
-			Argv: []string{testbed.BinDir + "/workload"}}}
+			Argv: []string{testbed.BinDir + "/workload"}}, Client: r.client}
 		if err := os.WriteFile(s.Path(config.DefaultPath), []byte(r.config), 0o644); err != nil {
 			return err
 		}
@@ -121,7 +124,7 @@ func readLog(log string) (lock, unlock, freeze time.Duration, err error) {
 			unlocking = at
 		case strings.HasPrefix(m[2], "Unfreezing tasks"):
 			thawed = at
-		case locking != 0 && locked == 0 && !strings.Contains(m[2], "network-lock scripts") && !strings.HasPrefix(strings.TrimSpace(m[2]), "["):
+		case locking != 0 && locked == 0 && !strings.Contains(m[2], "network-lock scripts") && !strings.HasPrefix(strings.TrimSpace(m[2]), "[") && strings.TrimSpace(m[2]) != "RPC":
 			locked = at // the first line after the scripts, of which each has a line "[path]"
 		}
 	}

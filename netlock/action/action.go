@@ -171,6 +171,9 @@ type Handler struct {
 	Locker Locker
 	// Trial takes a lock in a throwaway namespace, to see that this host can.
 	Trial func(context.Context) (netlock.Result, error)
+	// Open, if set, opens the namespace of a task in place of netlock.FromPID, for a caller
+	// who holds it; release is called when the work is done.
+	Open func(pid int) (ns *netlock.Namespace, release func(), err error)
 	// Turn, if set, calls what changes a lock when it is its turn among those that work
 	// on the namespace.
 	Turn func(*netlock.Namespace, func() error) error
@@ -201,7 +204,7 @@ func (h *Handler) Handle(ctx context.Context, ev Event) (rep Report, err error) 
 		res, err := h.Trial(ctx)
 		return Report{Backend: res.Backend, Result: "possible"}, err
 	}
-	ns, err := netlock.FromPID(ev.PID)
+	ns, release, err := h.open(ev.PID)
 	if err != nil {
 		// CRIU runs network-lock and network-unlock only where the task has a
 		// network namespace of its own, the other hooks always: there a task in
@@ -211,7 +214,7 @@ func (h *Handler) Handle(ctx context.Context, ev Event) (rep Report, err error) 
 		}
 		return rep, err
 	}
-	defer ns.Close()
+	defer release()
 	rep.Netns = ns.Inode()
 	switch op {
 	case CheckTask:
@@ -225,6 +228,17 @@ func (h *Handler) Handle(ctx context.Context, ev Event) (rep Report, err error) 
 		err = fmt.Errorf("action %s: operation %d has no code", ev.Action, op)
 	}
 	return rep, err
+}
+
+func (h *Handler) open(pid int) (*netlock.Namespace, func(), error) {
+	if h.Open != nil {
+		return h.Open(pid)
+	}
+	ns, err := netlock.FromPID(pid)
+	if err != nil {
+		return nil, nil, err
+	}
+	return ns, func() { ns.Close() }, nil
 }
 
 func (h *Handler) turn(ns *netlock.Namespace, f func() error) error {

@@ -41,6 +41,7 @@ type Checkpoint struct {
 	failed    error // the last unlock
 	tampered  error // what an unlock found
 	over      bool
+	warm      *netlock.Namespace
 }
 
 // NewDump begins a dump of the task with that pid; 0 is our own, as in a request that
@@ -78,7 +79,10 @@ func (c *Checkpoint) byTable(ctx context.Context, ev action.Event) (action.Repor
 		if l.Options.Caller == (netlock.Caller{}) {
 			l.Options.Caller = ev.Caller
 		}
-		c.handler = &action.Handler{Locker: &l, Trial: func(ctx context.Context) (netlock.Result, error) { return netlock.Trial(ctx, &l) }}
+		c.handler = &action.Handler{
+			Locker: &l, Open: c.openHeld,
+			Trial: func(ctx context.Context) (netlock.Result, error) { return netlock.Trial(ctx, &l) },
+		}
 	}
 	return c.handler.Handle(ctx, ev)
 }
@@ -102,6 +106,9 @@ func (c *Checkpoint) Handle(ctx context.Context, name action.Name, pid int) (act
 			return d, err
 		}
 		d.rep, err = c.byTable(ctx, d.ev)
+		if err == nil && (op == action.CheckTask || op == action.CheckHost) {
+			c.warmUp(ctx)
+		}
 		c.learn(op, name, d.rep, err)
 		return d, err
 	})
@@ -163,18 +170,47 @@ func (c *Checkpoint) learn(op action.Op, name action.Name, rep action.Report, er
 // and not about a task that got the pid later. Where it cannot, the work itself will say
 // why; a task in our own namespace has nothing to hold.
 func (c *Checkpoint) hold() {
-	if c.ns != nil {
+	if c.ns != nil && (c.open || c.holds()) {
+		return
+	}
+	c.letGo() // a task can go into another namespace before it is frozen
+	fd, err := unix.PidfdOpen(c.pid, 0)
+	if err != nil {
 		return
 	}
 	ns, err := netlock.FromPID(c.pid)
 	if err != nil {
+		unix.Close(fd)
 		return
 	}
-	fd, err := unix.PidfdOpen(c.pid, 0)
-	if err != nil {
-		fd = -1
-	}
 	c.ns, c.task = ns, fd
+}
+
+// holds tells whether what is held is still the task's namespace.
+func (c *Checkpoint) holds() bool {
+	var held, now unix.Stat_t
+	return c.ns != nil && unix.Fstat(c.ns.FD(), &held) == nil &&
+		unix.Stat("/proc/"+strconv.Itoa(c.pid)+"/ns/net", &now) == nil && held.Ino == now.Ino && held.Dev == now.Dev &&
+		!dead(c.task) // so that it was its pid until now
+}
+
+// openHeld saves opening it anew, which costs a tenth of a millisecond.
+func (c *Checkpoint) openHeld(pid int) (*netlock.Namespace, func(), error) {
+	if c.holds() {
+		return c.ns, func() {}, nil
+	}
+	ns, err := netlock.FromPID(pid)
+	if err != nil {
+		return nil, nil, err
+	}
+	return ns, func() { ns.Close() }, nil
+}
+
+// dead tells whether the task of a pidfd is, a zombie included.
+func dead(pidfd int) bool {
+	p := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}
+	n, _ := unix.Poll(p, 0)
+	return pidfd < 0 || n > 0
 }
 
 func (c *Checkpoint) caller() netlock.Caller {
@@ -275,7 +311,32 @@ func (c *Checkpoint) End(err error) error {
 	return errors.Join(err, e)
 }
 
+// warmUp keeps nf_tables' hooks in use on this machine until the checkpoint is over: the
+// first and the last base chain of any namespace patch the kernel, 200 µs each. Nothing is
+// frozen yet.
+func (c *Checkpoint) warmUp(ctx context.Context) {
+	if c.warm != nil {
+		return
+	}
+	ns, err := netlock.NewThrowaway()
+	if err != nil {
+		return // it was for speed alone
+	}
+	if _, err := c.o.Locker.Lock(ctx, ns); err != nil {
+		ns.Close()
+		return
+	}
+	c.warm = ns
+}
+
 func (c *Checkpoint) drop() {
+	if c.warm != nil {
+		c.warm.Close()
+	}
+	c.letGo()
+}
+
+func (c *Checkpoint) letGo() {
 	if c.ns != nil {
 		c.ns.Close()
 	}
@@ -319,8 +380,7 @@ func (c *Checkpoint) lives(ctx context.Context) bool {
 	tick := time.NewTicker(poll)
 	defer tick.Stop()
 	for {
-		p := []unix.PollFd{{Fd: int32(c.task), Events: unix.POLLIN}}
-		if n, _ := unix.Poll(p, 0); n > 0 {
+		if dead(c.task) {
 			return false
 		}
 		st, err := proc.StatOf(c.pid)

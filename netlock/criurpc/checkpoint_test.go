@@ -3,6 +3,7 @@ package criurpc
 import (
 	"context"
 	"errors"
+	"io"
 	"os"
 	"os/exec"
 	"runtime"
@@ -385,4 +386,49 @@ func TestEndWaitsForTracer(t *testing.T) {
 		t.Errorf("%v, locked: %v", err, f.is(s.ino))
 	}
 	// It lets go with the task: Go has no PTRACE_DETACH for one that is not stopped.
+}
+
+// A task that goes into another namespace between pre-dump and the freeze is locked where
+// it is.
+func TestTaskMoves(t *testing.T) {
+	netlocktest.Need(t, "unshare")
+	cmd := exec.Command("sh", "-c", "read x; exec unshare --net sleep 600")
+	cmd.SysProcAttr = &unix.SysProcAttr{Cloneflags: unix.CLONE_NEWNET}
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	})
+	pid := cmd.Process.Pid
+	f := newFake()
+	c := NewDump(pid, false, f.options())
+	handle(t, c, 0, action.PreDump)
+	old := c.ns.Inode()
+	if _, err := io.WriteString(in, "go\n"); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(bg, 10*time.Second)
+	defer cancel()
+	now := old
+	for now == old && ctx.Err() == nil {
+		ns, err := netlock.FromPID(pid)
+		if err != nil {
+			t.Fatal(err)
+		}
+		now = ns.Inode()
+		ns.Close()
+	}
+	handle(t, c, 0, action.NetworkLock)
+	if f.is(old) || !f.is(now) || now == old {
+		t.Errorf("locked: %v, where it is: %v", f.is(old), f.is(now))
+	}
+	if err := c.End(errBroken); !errors.Is(err, errBroken) || f.is(now) {
+		t.Errorf("%v; still locked: %v", err, f.is(now))
+	}
 }
