@@ -27,6 +27,11 @@ const readyTime = time.Second
 // startGuard starts the guard of a checkpoint, if the hook is one that does. It returns
 // why there is none, where there should be one.
 func startGuard(ev action.Event, rep action.Report) error {
+	return startGuardOf(ev, rep, func() (int, bool) { return criuPID(ev) })
+}
+
+// startGuardOf is startGuard for a CRIU that is found by another way.
+func startGuardOf(ev action.Event, rep action.Report, find func() (int, bool)) error {
 	phase, wait := guard.Dump, readyTime
 	switch {
 	case rep.Netns == 0: // a task in our own namespace
@@ -37,7 +42,7 @@ func startGuard(ev action.Event, rep action.Report) error {
 	default:
 		return nil
 	}
-	criu, ok := criuPID(ev)
+	criu, ok := find()
 	if !ok {
 		return nil // no CRIU to watch: somebody tries the hook
 	}

@@ -25,6 +25,15 @@ func main() {
 			os.Exit(runHook(start))
 		}
 	}
+	if args, ok := asCRIU(os.Args); ok {
+		os.Exit(runCRIU(args))
+	}
+	if len(os.Args) > 1 && os.Args[1] == proxyStartArg {
+		os.Exit(runProxyStart(os.Args[2:]))
+	}
+	if len(os.Args) > 1 && os.Args[1] == proxyArg {
+		os.Exit(runProxy(os.Args[2:]))
+	}
 	if len(os.Args) == 3 && os.Args[1] == readConfigArg {
 		os.Exit(runReadConfig(os.Args[2]))
 	}

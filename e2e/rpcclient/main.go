@@ -3,7 +3,9 @@
 // line takes, so that the tests run it in CRIU's place:
 //
 //	rpcclient [-fail HOOK] [-go HOOK] [-refuse] go-criu|swrk|service dump|restore OPTION…
+//	rpcclient [-fail HOOK] [-criu PROGRAM] [-deaf] plain dump|restore OPTION…
 //
+// plain is a go-criu program that knows nothing of us.
 // What our part has done it appends to CRIU's log.
 package main
 
@@ -32,6 +34,8 @@ import (
 var (
 	failAt = flag.String("fail", "", "the `hook` whose callback fails")
 	refuse = flag.Bool("refuse", false, "the backend refuses to lock")
+	path   = flag.String("criu", "criu", "the `program`, for plain")
+	deaf   = flag.Bool("deaf", false, "plain asks for no notifications")
 	goAway = flag.String("go", "", "the `hook` at which the client's context ends")
 )
 
@@ -102,6 +106,9 @@ func parse(verb string, args []string) (*job, error) {
 	j.opts.LogFile, j.opts.LogLevel = &j.logFile, ptr(int32(4))
 	j.opts.TcpEstablished, j.opts.LeaveRunning, j.opts.NetworkLock = established, running, &method
 	if *tree != 0 {
+		if err := os.WriteFile(filepath.Join(filepath.Dir(j.work), "root.pid"), []byte(fmt.Sprint(*tree)), 0o644); err != nil {
+			return nil, err
+		}
 		j.opts.Pid = ptr(int32(*tree))
 	}
 	// Scripts cannot be named over RPC, only in a file.
@@ -156,6 +163,8 @@ func run(via, verb string, args []string) error {
 		if s, err = criurpc.Swrk(exec.Command("criu")); err == nil {
 			pid, err = bySession(ctx, cancel, s, j, verb, o)
 		}
+	case "plain":
+		pid, err = plain(j, verb)
 	case "service":
 		pid, err = byService(ctx, cancel, j, verb, o)
 	default:
@@ -253,5 +262,28 @@ func byGoCriu(j *job, verb string, o criurpc.Options) (int, error) {
 		return 0, criurpc.Dump(c, &j.opts, theirs, o)
 	}
 	err := criurpc.Restore(c, &j.opts, theirs, o)
+	return theirs.pid, err
+}
+
+func plain(j *job, verb string) (int, error) {
+	theirs := &callbacks{}
+	var nfy criu.Notify = theirs
+	if *deaf {
+		nfy = nil
+	}
+	c := criu.MakeCriu()
+	c.SetCriuPath(*path)
+	if verb == "dump" {
+		return 0, c.Dump(&j.opts, nfy)
+	}
+	err := c.Restore(&j.opts, nfy)
+	if *deaf && err == nil {
+		// go-criu tells the pid to callbacks alone; a restored task has the one it had.
+		b, e := os.ReadFile(filepath.Join(filepath.Dir(j.work), "root.pid"))
+		if e != nil {
+			return 0, e
+		}
+		fmt.Sscan(string(b), &theirs.pid)
+	}
 	return theirs.pid, err
 }

@@ -284,7 +284,9 @@ type Runc struct {
 	Container
 	// Shared puts the container, and runc with CRIU, into the peer's namespace: it
 	// plays a container on the host's network.
-	Shared  bool
+	Shared bool
+	// Env is put before runc: variables that it, and CRIU, are to have.
+	Env     []string
 	running bool
 }
 
@@ -334,7 +336,7 @@ func (e *Runc) Start(ctx context.Context) error {
 func (e *Runc) quiet(ctx context.Context, args ...string) error {
 	host, inside := e.dir()
 	os.Remove(filepath.Join(host, "runc.log"))
-	argv := append([]string{"sh", "-c", `exec runc "$@" </dev/null >/dev/null 2>&1`, "sh", "--log", inside + "/runc.log"}, args...)
+	argv := slices.Concat([]string{"env"}, e.Env, []string{"sh", "-c", `exec runc "$@" </dev/null >/dev/null 2>&1`, "sh", "--log", inside + "/runc.log"}, args)
 	run := func() (string, error) { return e.S.Run(ctx, argv...) }
 	if e.Shared {
 		run = func() (string, error) { return e.S.RunIn(ctx, e.Net.Path(), argv...) }

@@ -127,6 +127,8 @@ func (c *Checkpoint) prepare(op action.Op, ev *action.Event, pid int) error {
 	switch {
 	case c.over:
 		return bad("the %s is over", c.phase)
+	case c.o.Refuse != nil && op != action.Unlock && op != action.Sweep:
+		return c.o.Refuse
 	case !op.NeedsPID():
 		return nil
 	case pid != 0 && c.pid != 0 && pid != c.pid:

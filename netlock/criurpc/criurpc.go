@@ -91,6 +91,8 @@ type Options struct {
 	// OnFailedRestore says what becomes of the lock when a restore fails: by default what
 	// it was before.
 	OnFailedRestore guard.Policy
+	// Refuse, if set, is why nothing can be locked. Unlocking goes on all the same.
+	Refuse error
 	// Log, if set, is told of every notification that does something.
 	Log func(Entry)
 }

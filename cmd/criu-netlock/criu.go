@@ -1,0 +1,274 @@
+package main
+
+// The program in the place of criu: everything goes to the real one, which this process
+// becomes, so that its pid, its parent, its exit status and its signals are CRIU's own.
+// Of `criu swrk`, by which runc, podman, Docker and the programs that use go-criu or
+// libcriu run it, the connection to the client goes through a process of ours. That is
+// no child of CRIU's, which watches its children in a restore.
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/checkpoint-restore/go-criu/v8/rpc"
+	"golang.org/x/sys/unix"
+
+	"github.com/criu-netlock/criu-netlock/netlock"
+	"github.com/criu-netlock/criu-netlock/netlock/action"
+	"github.com/criu-netlock/criu-netlock/netlock/config"
+	"github.com/criu-netlock/criu-netlock/netlock/criurpc"
+	"github.com/criu-netlock/criu-netlock/netlock/guard"
+)
+
+const (
+	criuName = "criu"
+	// envCRIU names the real criu, where it is not the next one in PATH.
+	envCRIU = "CRIU_NETLOCK_CRIU"
+	// proxyArg is the program's first argument when it is the process in between, and
+	// proxyStartArg when it starts that one and ends, so that it is nobody's child.
+	proxyArg      = "swrk-proxy"
+	proxyStartArg = "swrk-proxy-start"
+)
+
+// asCRIU is the command line behind the verb or the name criu, if we were called so.
+func asCRIU(args []string) ([]string, bool) {
+	switch {
+	case len(args) > 0 && filepath.Base(args[0]) == criuName:
+		return args[1:], true
+	case len(args) > 1 && args[1] == criuName:
+		return args[2:], true
+	}
+	return nil, false
+}
+
+// runCRIU becomes the real criu. It returns only where it cannot.
+func runCRIU(args []string) int {
+	path, err := realCRIU(os.Getenv(envCRIU), os.Getenv("PATH"))
+	if err == nil && len(args) > 1 && args[0] == "swrk" {
+		if fd, e := strconv.Atoi(args[1]); e == nil && isSeqpacket(fd) {
+			err = between(fd)
+		}
+	}
+	if err == nil {
+		err = os.NewSyscallError("exec "+path, syscall.Exec(path, append([]string{criuName}, args...), os.Environ()))
+	}
+	say("criu-netlock criu: " + oneLine(err.Error()) + "\n")
+	return 1
+}
+
+// realCRIU is the configured one, or the first criu in PATH behind ourselves. It is never
+// this program: neither by this name nor, should a copy of it be there, by turns.
+func realCRIU(configured, path string) (string, error) {
+	self, err := os.Stat("/proc/self/exe")
+	if err != nil {
+		return "", err
+	}
+	if configured != "" {
+		st, err := os.Stat(configured)
+		switch {
+		case err != nil:
+			return "", fmt.Errorf("%s: %w", envCRIU, err)
+		case os.SameFile(st, self):
+			return "", fmt.Errorf("%s=%s is criu-netlock itself", envCRIU, configured)
+		}
+		return configured, nil
+	}
+	var found string
+	for _, dir := range filepath.SplitList(path) {
+		if dir == "" {
+			dir = "."
+		}
+		name := filepath.Join(dir, criuName)
+		st, err := os.Stat(name)
+		switch {
+		case err != nil || !st.Mode().IsRegular() || st.Mode()&0o111 == 0:
+		case os.SameFile(st, self):
+			found = "" // what stands before us may be another of us, which looks behind itself
+		case found == "":
+			found = name
+		}
+	}
+	if found == "" {
+		return "", errors.New("there is no criu in PATH but criu-netlock itself; " + envCRIU + " can name it")
+	}
+	return found, nil
+}
+
+func isSeqpacket(fd int) bool {
+	typ, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE)
+	return err == nil && typ == unix.SOCK_SEQPACKET
+}
+
+// proxyTime is how long the process in between may take to be in its place.
+const proxyTime = 10 * time.Second
+
+// between puts a process of ours between fd, the client's connection, and the CRIU that
+// we are about to be, and its end of the new connection in fd's place. The socket pair has
+// to be that process's: CRIU opens the descriptors of who made it.
+func between(fd int) error {
+	fail := func(err error) error { return fmt.Errorf("stand between criu swrk and its client: %w", err) }
+	peer, err := unix.GetsockoptUcred(fd, unix.SOL_SOCKET, unix.SO_PEERCRED)
+	if err != nil {
+		return fail(err)
+	}
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return fail(err)
+	}
+	defer unix.Close(pair[0])
+	pid, err := startProxy(proxyStartArg, []string{strconv.Itoa(int(peer.Pid)), strconv.Itoa(os.Getpid())}, uintptr(fd), uintptr(pair[1]))
+	unix.Close(pair[1])
+	if err != nil {
+		return fail(err)
+	}
+	var st syscall.WaitStatus
+	for {
+		if _, err := syscall.Wait4(pid, &st, 0, nil); err != syscall.EINTR {
+			break // its handover will tell
+		}
+	}
+	limit := unix.NsecToTimeval(proxyTime.Nanoseconds())
+	if err := unix.SetsockoptTimeval(pair[0], unix.SOL_SOCKET, unix.SO_RCVTIMEO, &limit); err != nil {
+		return fail(err)
+	}
+	var b [1]byte
+	oob := make([]byte, unix.CmsgSpace(4))
+	n, oobn, _, _, err := unix.Recvmsg(pair[0], b[:], oob, unix.MSG_CMSG_CLOEXEC)
+	if err != nil || n != 1 {
+		return fail(fmt.Errorf("its process does not answer: %w", errors.Join(err, errEnded)))
+	}
+	msgs, err := unix.ParseSocketControlMessage(oob[:oobn])
+	if err != nil || len(msgs) != 1 {
+		return fail(errors.Join(err, errors.New("its process has sent no connection")))
+	}
+	fds, err := unix.ParseUnixRights(&msgs[0])
+	if err != nil || len(fds) != 1 {
+		return fail(errors.Join(err, errors.New("its process has sent no connection")))
+	}
+	defer unix.Close(fds[0])
+	if err := unix.Dup3(fds[0], fd, 0); err != nil {
+		return fail(err)
+	}
+	return nil
+}
+
+var errEnded = errors.New("it has ended, or was too slow")
+
+// startProxy starts this program with a part of its own. It keeps the standard error: what
+// cannot be written to CRIU's log goes there.
+func startProxy(arg string, args []string, fds ...uintptr) (pid int, err error) {
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		return 0, err
+	}
+	defer null.Close()
+	pid, _, err = syscall.StartProcess("/proc/self/exe", append([]string{"criu-netlock", arg}, args...), &syscall.ProcAttr{
+		Dir: "/", Env: os.Environ(), Files: append([]uintptr{null.Fd(), null.Fd(), 2}, fds...), Sys: &syscall.SysProcAttr{Setsid: true},
+	})
+	return pid, err
+}
+
+// The descriptors that the process in between is started with.
+const (
+	fdClient = 3 + iota
+	fdHandover
+)
+
+// runProxyStart starts the process in between and leaves it alone.
+func runProxyStart(args []string) int {
+	if _, err := startProxy(proxyArg, args, fdClient, fdHandover); err != nil {
+		say("criu-netlock: " + oneLine(err.Error()) + "\n")
+		return 1
+	}
+	return 0
+}
+
+// runProxy is the life of the process in between.
+func runProxy(args []string) int {
+	if err := proxy(args); err != nil {
+		say("criu-netlock: between criu swrk and its client: " + oneLine(err.Error()) + "\n")
+		return netlock.ExitCode(err)
+	}
+	return 0
+}
+
+func proxy(args []string) error {
+	if len(args) != 2 {
+		return errors.New("criu-netlock as criu starts this, nobody else")
+	}
+	var pids [2]int
+	for i, s := range args {
+		pid, err := action.ParsePID(s)
+		if err != nil {
+			return err
+		}
+		pids[i] = pid
+	}
+	for fd := fdClient; fd <= fdHandover; fd++ {
+		unix.CloseOnExec(fd)
+	}
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	if err := unix.Sendmsg(fdHandover, []byte{0}, unix.UnixRights(pair[1]), nil, unix.MSG_NOSIGNAL); err != nil {
+		return err
+	}
+	unix.Close(fdHandover)
+	unix.Close(pair[1])
+	cfg, cfgErr := loadConfig(config.Path(os.LookupEnv))
+	p := criurpc.Proxy{Client: fdClient, CRIU: pair[0], ClientPID: pids[0], CRIUPID: pids[1]}
+	p.Begin = func(opts *rpc.CriuOpts) criurpc.Options {
+		o := criurpc.Options{
+			Locker: guardLocker(cfg, netlock.Caller{}), Timeout: cfg.Timeout, OnFailedRestore: guard.Policy(cfg.OnFailedRestore), Refuse: cfgErr,
+		}
+		log := criuLog(opts)
+		o.Log = func(e criurpc.Entry) {
+			if e.Err == nil && cfg.Guard {
+				// Should we be killed, nobody else would end the lock.
+				e.Report.Guard = startGuardOf(e.Event, e.Report, func() (int, bool) { return p.CRIUPID, true })
+			}
+			done := e.Err == nil && e.Report.Result != "" || e.Err != nil && netlock.KindOf(e.Err) == netlock.KindTampered
+			log(hookCall{start: time.Now().Add(-e.Took)}.line(cfg.LogLevel, e.Event, e.Report, done, e.Err))
+		}
+		return o
+	}
+	return p.Run(context.Background())
+}
+
+// criuLog appends to the log that CRIU keeps of a request, where it is to be found, and
+// writes to the standard error otherwise.
+func criuLog(opts *rpc.CriuOpts) func(string) {
+	name, dir := opts.GetLogFile(), opts.GetImagesDirFd()
+	if opts.WorkDirFd != nil {
+		dir = opts.GetWorkDirFd()
+	}
+	if name == "" {
+		name = "criu.log"
+	}
+	if opts.GetLogToStderr() || dir < 0 || strings.Contains(name, "/") {
+		return say
+	}
+	held, err := unix.FcntlInt(uintptr(dir), unix.F_DUPFD_CLOEXEC, 3)
+	if err != nil {
+		return say
+	}
+	return func(line string) { // once a notification has come CRIU has opened it
+		fd, err := unix.Openat(held, name, unix.O_WRONLY|unix.O_APPEND|unix.O_CLOEXEC|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+		if err != nil {
+			say(line)
+			return
+		}
+		defer unix.Close(fd)
+		if write(fd, line) != nil {
+			say(line)
+		}
+	}
+}

@@ -1,0 +1,121 @@
+package e2e
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/criu-netlock/criu-netlock/e2e/testbed"
+)
+
+// shimDir has criu-netlock under the name of criu.
+const shimDir = testbed.BinDir + "/shim"
+
+// newProxyRun is newRun for a program that knows nothing of us and finds us in CRIU's
+// place; "go-criu", "deaf", which asks for no notifications, and "runc".
+func newProxyRun(t *testing.T, client, lock string, scripts ...string) *run {
+	t.Helper()
+	l := openLab(t)
+	shim := filepath.Join(l.Work, "bin", "shim")
+	if err := os.MkdirAll(shim, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(oursPath, filepath.Join(shim, "criu")); err != nil && !os.IsExist(err) {
+		t.Fatal(err)
+	}
+	engine := client
+	if client == "deaf" {
+		engine = "go-criu"
+	}
+	r := &run{fixture: begin(t, engine, lock, append(scripts, relayPath)...)}
+	switch e := r.e.(type) {
+	case *testbed.CLI:
+		e.Client = plain(client)
+	case *testbed.Runc:
+		e.Env = []string{"PATH=" + shimDir + ":/usr/sbin:/usr/bin:/sbin:/bin"}
+	}
+	r.begin()
+	return r
+}
+
+func plain(client string, flags ...string) []string {
+	argv := append([]string{rpcClientPath, "-criu", shimDir + "/criu"}, flags...)
+	if client == "deaf" {
+		argv = append(argv, "-deaf")
+	}
+	return append(argv, "plain")
+}
+
+func TestProxy(t *testing.T) {
+	for _, client := range []string{"go-criu", "deaf", "runc"} {
+		for _, c := range cases {
+			if c.engine != "" && c.engine != client {
+				continue
+			}
+			t.Run(client+"/"+c.name, func(t *testing.T) {
+				r := newProxyRun(t, client, "skip")
+				c.run(r)
+				r.finish()
+			})
+		}
+	}
+}
+
+// With our action script beside it nothing is there twice.
+func TestProxyAndScript(t *testing.T) {
+	for _, client := range []string{"go-criu", "runc"} {
+		t.Run(client, func(t *testing.T) {
+			r := newProxyRun(t, client, "skip", oursPath)
+			r.twice = true
+			r.dump("", true)
+			r.dump("", false)
+			r.dead()
+			r.restore("")
+			r.finish()
+		})
+	}
+}
+
+// The client's callback fails, and go-criu closes the connection: the proxy takes the lock
+// off, a moment later.
+func TestProxyCallbackFails(t *testing.T) {
+	for _, hook := range []string{"network-lock", "post-dump"} {
+		t.Run(hook, func(t *testing.T) {
+			r := newProxyRun(t, "go-criu", "skip")
+			e := r.e.(*testbed.CLI)
+			e.Client = plain("go-criu", "-fail", hook)
+			if err := r.broken(func() error { return r.e.Dump(r.ctx, false) }); !strings.Contains(err.Error(), "failed on purpose") {
+				t.Errorf("%v", err)
+			}
+			r.unlocks()
+			r.runsOn()
+			e.Client = plain("go-criu")
+			r.dump("", true)
+			r.finish()
+		})
+	}
+}
+
+// What is no swrk is CRIU's alone: its output, its exit status.
+func TestProxyPasses(t *testing.T) {
+	l := openLab(t)
+	for _, argv := range [][]string{{shimDir + "/criu", "--version"}, {oursPath, "criu", "--version"}} {
+		out, err := l.Run(t.Context(), argv...)
+		if err != nil || !strings.HasPrefix(out, "Version: ") {
+			t.Errorf("%q: %v\n%s", argv, err, out)
+		}
+	}
+	want, err := l.Run(t.Context(), "sh", "-c", "criu no-such-verb; echo $?")
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The shim first in PATH, twice, does not find itself.
+	got, err := l.Run(t.Context(), "sh", "-c", "PATH="+shimDir+":"+shimDir+":$PATH; criu no-such-verb; echo $?")
+	if err != nil || got != want {
+		t.Errorf("%v\n%s\nwant\n%s", err, got, want)
+	}
+	if out, err := l.Run(t.Context(), "sh", "-c", "PATH="+shimDir+"; criu --version"); err == nil || !strings.Contains(out, "no criu in PATH") {
+		t.Errorf("%v\n%s", err, out)
+	}
+}

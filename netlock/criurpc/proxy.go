@@ -1,0 +1,291 @@
+package criurpc
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/checkpoint-restore/go-criu/v8/rpc"
+	"golang.org/x/sys/unix"
+
+	"github.com/criu-netlock/criu-netlock/netlock/action"
+)
+
+// Proxy stands between CRIU and a client that knows nothing of it: it passes every
+// message on, with its files, and does what CRIU notifies before the client hears of it;
+// at network-unlock and post-resume after the client has answered. A client that does not
+// ask for notifications gets none, and the lock all the same.
+//
+// CRIU takes for its client whoever has made its socket, and opens that one's
+// descriptors by their numbers: so those that a request names are fetched from the client.
+type Proxy struct {
+	// Client and CRIU are descriptors of the two connections, which the Proxy owns.
+	Client, CRIU int
+	// ClientPID and CRIUPID are whose they are.
+	ClientPID, CRIUPID int
+	// Begin says how to lock at each dump or restore, whose options it is given, with
+	// descriptors of this process.
+	Begin func(*rpc.CriuOpts) Options
+}
+
+type fromPeer struct {
+	msg   []byte
+	files []*os.File
+	err   error
+}
+
+// relay is a Proxy at work.
+type relay struct {
+	Proxy
+	client, criu *conn
+	imported     []int // descriptors fetched for CRIU
+
+	// One dump or restore, between its request and its response.
+	c       *Checkpoint
+	wants   bool        // the client wants notifications
+	pending action.Name // what it has been notified of, until it answers
+}
+
+var errClientGone = errors.New("the client has closed its connection")
+
+// Run passes messages on until CRIU has gone. When the client goes first, CRIU is told so
+// and waited for.
+func (p Proxy) Run(ctx context.Context) (err error) {
+	r := &relay{Proxy: p}
+	if r.client, err = newConn(p.Client); err != nil {
+		unix.Close(p.CRIU)
+		return err
+	}
+	defer r.client.close()
+	if r.criu, err = newConn(p.CRIU); err != nil {
+		return err
+	}
+	defer r.criu.close()
+	defer r.closeImported()
+
+	stop := make(chan struct{})
+	defer close(stop)
+	read := func(c *conn) chan fromPeer {
+		out := make(chan fromPeer)
+		go func() {
+			for {
+				msg, files, err := c.receive(ctx)
+				select {
+				case out <- fromPeer{msg, files, err}:
+				case <-stop:
+					closeAll(files)
+					return
+				}
+				if err != nil {
+					return
+				}
+			}
+		}()
+		return out
+	}
+	fromClient, fromCRIU := read(r.client), read(r.criu)
+	cause := errors.New("CRIU has closed the connection without an answer")
+	for {
+		select {
+		case m := <-fromClient:
+			if err = m.err; err == nil {
+				err = r.request(ctx, m)
+			}
+			closeAll(m.files)
+			if err != nil {
+				// CRIU ends its work when it next wants something of its client.
+				cause, fromClient = errClientGone, nil
+				_ = r.criu.u.CloseWrite()
+			}
+		case m := <-fromCRIU:
+			if m.err != nil {
+				waitExit(ctx, r.CRIUPID)
+				return r.end(cause)
+			}
+			err = r.notification(ctx, m, fromClient != nil)
+			closeAll(m.files)
+			if err != nil {
+				cause, fromClient = err, nil
+				_ = r.criu.u.CloseWrite()
+				_ = r.client.close()
+			}
+		}
+	}
+}
+
+// end is that of a dump or restore, if there is one.
+func (r *relay) end(err error) error {
+	if r.c == nil {
+		return nil
+	}
+	c := r.c
+	r.c, r.pending = nil, ""
+	return c.End(err)
+}
+
+// waitExit waits until CRIU, which has lost its connection, is gone: until then it may
+// hold the task.
+func waitExit(ctx context.Context, pid int) {
+	if pid <= 0 {
+		return
+	}
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return // it is gone
+	}
+	defer unix.Close(fd)
+	ctx, cancel := context.WithTimeout(ctx, closeTime)
+	defer cancel()
+	for ctx.Err() == nil && !dead(fd) {
+		p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+		_, _ = unix.Poll(p, 100)
+	}
+}
+
+// request passes on what the client says.
+func (r *relay) request(ctx context.Context, m fromPeer) error {
+	req := new(rpc.CriuReq)
+	if err := req.UnmarshalVT(m.msg); err != nil {
+		return r.pass(ctx, r.criu, m) // for CRIU to refuse
+	}
+	if req.GetType() == rpc.CriuReqType_NOTIFY {
+		if op := action.OpOf(r.pending); r.c != nil && (op == action.Unlock || op == action.Sweep) {
+			_, _ = r.c.Handle(ctx, r.pending, 0) // CRIU takes no notice; End tries again
+		}
+		r.pending = ""
+		return r.pass(ctx, r.criu, m)
+	}
+	if req.Opts == nil {
+		return r.pass(ctx, r.criu, m)
+	}
+	if err := r.translate(req.Opts); err != nil {
+		return r.refuse(ctx, req.GetType(), err)
+	}
+	// A request that follows a dump without its response is CRIU's to refuse.
+	if typ := req.GetType(); r.c == nil && (typ == rpc.CriuReqType_DUMP || typ == rpc.CriuReqType_RESTORE) {
+		r.wants = req.Opts.GetNotifyScripts()
+		o := r.Begin(req.Opts)
+		if typ == rpc.CriuReqType_DUMP {
+			r.c = NewDump(int(req.Opts.GetPid()), req.Opts.GetLeaveRunning(), o)
+		} else {
+			r.c = NewRestore(o)
+		}
+		r.c.SetCRIU(r.CRIUPID)
+		req.Opts.NotifyScripts = ptr(true)
+	}
+	b, err := req.MarshalVT()
+	if err != nil {
+		return err
+	}
+	return r.criu.send(ctx, b)
+}
+
+func (r *relay) pass(ctx context.Context, to *conn, m fromPeer) error {
+	fds := make([]int, len(m.files))
+	for i, f := range m.files {
+		fds[i] = int(f.Fd())
+	}
+	return to.send(ctx, m.msg, fds...)
+}
+
+// translate makes a request mean to CRIU what it would mean from the client itself.
+func (r *relay) translate(o *rpc.CriuOpts) error {
+	r.closeImported()
+	if o.Pid == nil {
+		o.Pid = ptr(int32(r.ClientPID))
+	}
+	pidfd := -1
+	for name, fd := range map[string]*int32{"images_dir_fd": o.ImagesDirFd, "work_dir_fd": o.WorkDirFd, "status_fd": o.StatusFd, "pidfd_store_sk": o.PidfdStoreSk} {
+		if fd == nil || *fd < 0 {
+			continue
+		}
+		if pidfd < 0 {
+			var err error
+			if pidfd, err = unix.PidfdOpen(r.ClientPID, 0); err != nil {
+				return fmt.Errorf("fetch the client's descriptors: pidfd_open: %w", err)
+			}
+			defer unix.Close(pidfd)
+		}
+		got, err := unix.PidfdGetfd(pidfd, int(*fd), 0)
+		if err != nil {
+			return fmt.Errorf("fetch the client's %s, descriptor %d of pid %d: %w", name, *fd, r.ClientPID, err)
+		}
+		r.imported = append(r.imported, got)
+		*fd = int32(got)
+	}
+	return nil
+}
+
+func (r *relay) closeImported() {
+	for _, fd := range r.imported {
+		unix.Close(fd)
+	}
+	r.imported = nil
+}
+
+// refuse answers the client in CRIU's place.
+func (r *relay) refuse(ctx context.Context, typ rpc.CriuReqType, why error) error {
+	b, err := (&rpc.CriuResp{Type: &typ, Success: ptr(false), CrErrmsg: ptr("criu-netlock: " + why.Error())}).MarshalVT()
+	if err != nil {
+		return err
+	}
+	return r.client.send(ctx, b)
+}
+
+// notification does what CRIU notifies and passes on what it says.
+func (r *relay) notification(ctx context.Context, m fromPeer, hears bool) error {
+	resp := new(rpc.CriuResp)
+	if err := resp.UnmarshalVT(m.msg); err != nil {
+		return fmt.Errorf("a message of %d bytes is none of CRIU's: %w", len(m.msg), err)
+	}
+	toClient := func() error {
+		if !hears {
+			return nil
+		}
+		return r.pass(ctx, r.client, m)
+	}
+	if resp.GetType() != rpc.CriuReqType_NOTIFY {
+		var err error
+		if !resp.GetSuccess() {
+			err = verdict(opName(resp.GetType()), resp)
+		}
+		// Before the client goes on: it may act on a container that still was locked.
+		_ = r.end(err)
+		return toClient()
+	}
+	if r.c == nil {
+		return toClient()
+	}
+	name, pid := action.Name(resp.GetNotify().GetScript()), int(resp.GetNotify().GetPid())
+	op := action.OpOf(name)
+	if op == action.Unlock || op == action.Sweep {
+		if r.wants && hears {
+			r.pending = name
+			return toClient()
+		}
+		_, err := r.c.Handle(ctx, name, pid)
+		return r.answer(ctx, err == nil)
+	}
+	if name == "" || pid < 0 || !hears {
+		return r.answer(ctx, false)
+	}
+	if _, err := r.c.Handle(ctx, name, pid); err != nil {
+		return r.answer(ctx, false) // the client hears of it in the response
+	}
+	if r.wants {
+		r.pending = name
+		return toClient()
+	}
+	return r.answer(ctx, true)
+}
+
+// answer answers CRIU in the client's place.
+func (r *relay) answer(ctx context.Context, success bool) error {
+	b, err := (&rpc.CriuReq{Type: ptr(rpc.CriuReqType_NOTIFY), NotifySuccess: &success}).MarshalVT()
+	if err != nil {
+		return err
+	}
+	_ = r.criu.send(ctx, b) // if it has gone, or was told that the client has, its end follows
+	return nil
+}
