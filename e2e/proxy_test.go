@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -95,6 +96,29 @@ func TestProxyCallbackFails(t *testing.T) {
 			r.finish()
 		})
 	}
+}
+
+// The process in between is killed while the container is locked: the dump fails, and the
+// guard takes the lock off.
+func TestProxyKilled(t *testing.T) {
+	r := newProxyRun(t, "go-criu", "skip")
+	killed := false
+	r.l.hooks.Handle(func(h testbed.Hook) error {
+		if h.Action != "network-lock" {
+			return nil
+		}
+		killed = true
+		_, err := r.l.Run(r.ctx, "sh", "-c", `for p in /proc/[0-9]*; do case "$(tr '\0' ' ' 2>/dev/null <$p/cmdline)" in "criu-netlock swrk-proxy "*) kill -KILL "${p#/proc/}" && exit;; esac; done; exit 1`)
+		return errors.Join(err, r.locked(h.Action, r.e.Netns()))
+	})
+	if err := r.e.Dump(r.ctx, false); err == nil || !killed {
+		t.Fatalf("the dump: %v, killed: %v", err, killed)
+	}
+	r.l.hooks.Handle(nil)
+	r.unlocks()
+	r.runsOn()
+	r.dump("", true)
+	r.finish()
 }
 
 // What is no swrk is CRIU's alone: its output, its exit status.

@@ -121,7 +121,8 @@ func TestRPCCallbackFails(t *testing.T) {
 				r := newRPCRun(t, engine, "skip")
 				r.dump("", false)
 				r.client(engine, "-fail", hook)
-				r.silence() // the namespace goes with its tasks
+				// Its namespace goes with its tasks: no peer may reach it then.
+				r.silence()
 				if err := r.broken(func() error { return r.e.Restore(r.ctx) }); !strings.Contains(err.Error(), "failed on purpose") {
 					t.Errorf("the error has not its cause: %v", err)
 				}

@@ -1,0 +1,317 @@
+package criurpc
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"io"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/checkpoint-restore/go-criu/v8/rpc"
+	"golang.org/x/sys/unix"
+)
+
+// proxied is a proxy with a client's and CRIU's side of it.
+type proxied struct {
+	client, criu criuSide
+	done         chan error
+}
+
+func newProxied(t testing.TB, ctx context.Context, f *fake) *proxied {
+	t.Helper()
+	ends := func() (ours int, theirs *conn) {
+		fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if theirs, err = newConn(fds[1]); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { theirs.close() })
+		return fds[0], theirs
+	}
+	p := Proxy{ClientPID: os.Getpid(), Begin: func(*rpc.CriuOpts) Options { return f.options() }}
+	x := &proxied{done: make(chan error, 1)}
+	var client, criu *conn
+	p.Client, client = ends()
+	p.CRIU, criu = ends()
+	x.client, x.criu = criuSide{t, client}, criuSide{t, criu}
+	go func() { x.done <- p.Run(ctx) }()
+	return x
+}
+
+func (x *proxied) ask(req *rpc.CriuReq) {
+	x.client.t.Helper()
+	b, err := req.MarshalVT()
+	if err == nil {
+		err = x.client.c.send(bg, b)
+	}
+	if err != nil {
+		x.client.t.Error(err)
+	}
+}
+
+// hears is what the client gets next.
+func (x *proxied) hears() (*rpc.CriuResp, []*os.File) {
+	x.client.t.Helper()
+	b, files, err := x.client.c.receive(bg)
+	resp := new(rpc.CriuResp)
+	if err != nil || resp.UnmarshalVT(b) != nil {
+		x.client.t.Fatalf("the client got %q, %v", b, err)
+	}
+	return resp, files
+}
+
+func dumpRequest(pid int, wants bool) *rpc.CriuReq {
+	return &rpc.CriuReq{Type: ptr(rpc.CriuReqType_DUMP), Opts: &rpc.CriuOpts{ImagesDirFd: ptr(int32(-1)), Pid: ptr(int32(pid)), NotifyScripts: &wants}}
+}
+
+func (x *proxied) answers(success bool) {
+	x.client.t.Helper()
+	x.ask(&rpc.CriuReq{Type: ptr(rpc.CriuReqType_NOTIFY), NotifySuccess: &success})
+}
+
+// say sends a notification from CRIU.
+func (x *proxied) say(name string, fds ...int) {
+	x.criu.t.Helper()
+	if err := x.criu.c.send(bg, marshal(x.criu.t, notification(name, 0)), fds...); err != nil {
+		x.criu.t.Error(err)
+	}
+}
+
+// A dump through the proxy: what the client hears and when, and that CRIU gets the client's
+// descriptors, which are not the client's numbers.
+func TestProxy(t *testing.T) {
+	task, f := newSleeper(t), newFake()
+	ctx, cancel := context.WithTimeout(bg, 30*time.Second)
+	defer cancel()
+	x := newProxied(t, ctx, f)
+	dir, err := os.Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dir.Close()
+	req := dumpRequest(task.pid(), true)
+	*req.Opts.ImagesDirFd = int32(dir.Fd())
+	x.ask(req)
+	got := x.criu.request().GetOpts()
+	if got == nil || got.GetImagesDirFd() == int32(dir.Fd()) || int(got.GetPid()) != task.pid() {
+		t.Fatalf("CRIU got %v", got)
+	}
+	var want, have unix.Stat_t
+	if unix.Fstat(int(dir.Fd()), &want) != nil || unix.Fstat(int(got.GetImagesDirFd()), &have) != nil || want.Ino != have.Ino {
+		t.Error("another folder")
+	}
+	for _, c := range []struct {
+		name                  string
+		heard, answered, fine bool // locked when the client hears it, and when CRIU has the answer
+	}{
+		{"pre-dump", false, false, true}, {"network-lock", true, true, true}, {"query-ext-files", true, true, true}, {"post-dump", true, true, true}, {"network-unlock", true, false, true},
+	} {
+		x.say(c.name, 2)
+		resp, files := x.hears()
+		if resp.GetNotify().GetScript() != c.name || len(files) != 1 || f.is(task.ino) != c.heard {
+			t.Errorf("%s: the client heard %v with %d files, locked: %v", c.name, resp, len(files), f.is(task.ino))
+		}
+		closeAll(files)
+		x.answers(true)
+		if a := x.criu.request(); !a.GetNotifySuccess() || f.is(task.ino) != c.answered {
+			t.Errorf("%s: CRIU heard %v, locked: %v", c.name, a, f.is(task.ino))
+		}
+	}
+	x.criu.respond(rpc.CriuReqType_DUMP, true, "", 0)
+	if resp, _ := x.hears(); !resp.GetSuccess() || resp.GetType() != rpc.CriuReqType_DUMP {
+		t.Errorf("the client heard %v", resp)
+	}
+	x.criu.c.close()
+	if err := <-x.done; err != nil {
+		t.Error(err)
+	}
+	if _, _, err := x.client.c.receive(bg); err != io.EOF {
+		t.Errorf("the client's connection: %v", err)
+	}
+}
+
+// Every way in which a dump through the proxy can fail leaves the task unlocked.
+func TestProxyFails(t *testing.T) {
+	for name, c := range map[string]struct {
+		wants bool
+		err   string
+		f     func(t *testing.T, x *proxied)
+	}{
+		"the client goes": {true, "", func(_ *testing.T, x *proxied) {
+			x.say("network-lock")
+			x.hears()
+			x.client.c.close()
+			if _, _, err := x.criu.c.receive(bg); err != io.EOF {
+				x.criu.t.Errorf("CRIU sees %v", err)
+			}
+			x.criu.c.close()
+		}},
+		"CRIU goes": {true, "", func(_ *testing.T, x *proxied) {
+			x.say("network-lock")
+			x.hears()
+			x.criu.c.close()
+			if _, _, err := x.client.c.receive(bg); err != io.EOF {
+				x.criu.t.Errorf("the client sees %v", err)
+			}
+		}},
+		"CRIU fails": {false, "", func(_ *testing.T, x *proxied) {
+			if !x.criu.notify("network-lock", 0).GetNotifySuccess() {
+				x.criu.t.Error("refused")
+			}
+			x.criu.respond(rpc.CriuReqType_DUMP, false, "no", 0)
+			x.hears()
+			x.criu.c.close()
+		}},
+		"the lock fails": {true, "lock", func(_ *testing.T, x *proxied) {
+			if x.criu.notify("network-lock", 0).GetNotifySuccess() {
+				x.criu.t.Error("a lock that failed was answered with success")
+			}
+			x.criu.respond(rpc.CriuReqType_DUMP, false, "scripts failed", 0)
+			if resp, _ := x.hears(); resp.GetType() != rpc.CriuReqType_DUMP {
+				x.criu.t.Errorf("the client heard %v", resp)
+			}
+			x.criu.c.close()
+		}},
+		"no message of CRIU's": {true, "", func(_ *testing.T, x *proxied) {
+			x.say("network-lock")
+			x.hears()
+			_ = x.criu.c.send(bg, []byte("\xff\xff\xff"))
+			if _, _, err := x.client.c.receive(bg); err != io.EOF {
+				x.criu.t.Errorf("the client sees %v", err)
+			}
+			x.criu.c.close()
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			task, f := newSleeper(t), newFake()
+			if c.err != "" {
+				f.err[c.err] = errBroken
+			}
+			ctx, cancel := context.WithTimeout(bg, 30*time.Second)
+			defer cancel()
+			x := newProxied(t, ctx, f)
+			x.ask(dumpRequest(task.pid(), c.wants))
+			if !x.criu.request().GetOpts().GetNotifyScripts() {
+				t.Error("CRIU is not asked for notifications")
+			}
+			c.f(t, x)
+			<-x.done
+			if ctx.Err() != nil || f.is(task.ino) {
+				t.Errorf("%v, locked: %v", ctx.Err(), f.is(task.ino))
+			}
+		})
+	}
+}
+
+// What is no dump and no restore passes as it is; a descriptor that the client has not is
+// said to be none.
+func TestProxyPasses(t *testing.T) {
+	ctx, cancel := context.WithTimeout(bg, 30*time.Second)
+	defer cancel()
+	x := newProxied(t, ctx, newFake())
+	msg := []byte("no request at all")
+	if err := x.client.c.send(bg, msg); err != nil {
+		t.Fatal(err)
+	}
+	if got, _, err := x.criu.c.receive(bg); string(got) != string(msg) || err != nil {
+		t.Errorf("%q, %v", got, err)
+	}
+	x.ask(&rpc.CriuReq{Type: ptr(rpc.CriuReqType_VERSION), KeepOpen: ptr(true)})
+	if req := x.criu.request(); req.GetType() != rpc.CriuReqType_VERSION {
+		t.Errorf("%v", req)
+	}
+	req := dumpRequest(1, true)
+	*req.Opts.ImagesDirFd = 12345
+	x.ask(req)
+	if resp, _ := x.hears(); resp.GetSuccess() || !strings.Contains(resp.GetCrErrmsg(), "images_dir_fd") {
+		t.Errorf("%v", resp)
+	}
+	x.client.c.close()
+	if _, _, err := x.criu.c.receive(bg); err != io.EOF {
+		t.Errorf("%v", err)
+	}
+	x.criu.c.close()
+	if err := <-x.done; err != nil && !errors.Is(err, io.EOF) {
+		t.Error(err)
+	}
+}
+
+// FuzzProxy is a client and a CRIU that say what they like, in both directions at once.
+func FuzzProxy(f *testing.F) {
+	task := newSleeper(f)
+	pack := func(ms ...[]byte) (out []byte) {
+		for _, m := range ms {
+			out = append(binary.BigEndian.AppendUint16(out, uint16(len(m))), m...)
+		}
+		return out
+	}
+	dump, err := dumpRequest(task.pid(), true).MarshalVT()
+	if err != nil {
+		f.Fatal(err)
+	}
+	yes, err := (&rpc.CriuReq{Type: ptr(rpc.CriuReqType_NOTIFY), NotifySuccess: ptr(true)}).MarshalVT()
+	if err != nil {
+		f.Fatal(err)
+	}
+	lock, unlock := marshal(f, notification("network-lock", 0)), marshal(f, notification("network-unlock", 0))
+	f.Add(pack(dump, yes, yes), pack(lock, unlock))
+	f.Add(pack(dump), pack(lock))
+	f.Add(pack(dump[:len(dump)-1], yes), pack(lock, lock[:3]))
+	f.Add([]byte{}, []byte{})
+	f.Fuzz(func(t *testing.T, client, criu []byte) {
+		b := newFake()
+		ctx, cancel := context.WithTimeout(bg, 20*time.Second)
+		defer cancel()
+		x := newProxied(t, ctx, b)
+		for _, side := range []struct {
+			c      *conn
+			stream []byte
+		}{{x.client.c, client}, {x.criu.c, criu}} {
+			go func() { // reads until the proxy has gone
+				for {
+					_, files, err := side.c.receive(ctx)
+					closeAll(files)
+					if err != nil {
+						return
+					}
+				}
+			}()
+			go func() {
+				s := side.stream
+				for len(s) > 2 {
+					n := min(int(binary.BigEndian.Uint16(s)), len(s)-2)
+					if n > 0 && side.c.send(ctx, s[2:2+n]) != nil {
+						break
+					}
+					s = s[2+n:]
+				}
+				_ = side.c.u.CloseWrite()
+			}()
+		}
+		<-x.done
+		if ctx.Err() != nil {
+			t.Fatal("it hangs")
+		}
+		if b.is(task.ino) && !succeeds(criu) { // a dump that kills, and has, leaves its lock
+			t.Error("locked")
+		}
+	})
+}
+
+// succeeds tells whether a response among the messages says so.
+func succeeds(stream []byte) bool {
+	for len(stream) > 2 {
+		n := min(int(binary.BigEndian.Uint16(stream)), len(stream)-2)
+		resp := new(rpc.CriuResp)
+		if resp.UnmarshalVT(stream[2:2+n]) == nil && resp.GetType() != rpc.CriuReqType_NOTIFY && resp.GetSuccess() {
+			return true
+		}
+		stream = stream[2+n:]
+	}
+	return false
+}
