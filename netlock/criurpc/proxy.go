@@ -57,11 +57,11 @@ func (p Proxy) Run(ctx context.Context) (err error) {
 		unix.Close(p.CRIU)
 		return err
 	}
-	defer r.client.close()
+	defer func() { _ = r.client.close() }()
 	if r.criu, err = newConn(p.CRIU); err != nil {
 		return err
 	}
-	defer r.criu.close()
+	defer func() { _ = r.criu.close() }()
 	defer r.closeImported()
 
 	stop := make(chan struct{})
