@@ -142,4 +142,11 @@ func TestProxyPasses(t *testing.T) {
 	if out, err := l.Run(t.Context(), "sh", "-c", "PATH="+shimDir+"; criu --version"); err == nil || !strings.Contains(out, "no criu in PATH") {
 		t.Errorf("%v\n%s", err, out)
 	}
+	// One that is configured need not be in PATH.
+	if err := os.WriteFile(filepath.Join(l.Work, "named.toml"), []byte("criu = \"/usr/sbin/criu\"\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := l.Run(t.Context(), "sh", "-c", "PATH="+shimDir+"; CRIU_NETLOCK_CONFIG="+testbed.WorkDir+"/named.toml criu --version"); err != nil || !strings.HasPrefix(out, "Version: ") {
+		t.Errorf("configured: %v\n%s", err, out)
+	}
 }

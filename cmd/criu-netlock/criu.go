@@ -29,8 +29,6 @@ import (
 
 const (
 	criuName = "criu"
-	// envCRIU names the real criu, where it is not the next one in PATH.
-	envCRIU = "CRIU_NETLOCK_CRIU"
 	// proxyArg is the program's first argument when it is the process in between, and
 	// proxyStartArg when it starts that one and ends, so that it is nobody's child.
 	proxyArg      = "swrk-proxy"
@@ -50,7 +48,9 @@ func asCRIU(args []string) ([]string, bool) {
 
 // runCRIU becomes the real criu. It returns only where it cannot.
 func runCRIU(args []string) int {
-	path, err := realCRIU(os.Getenv(envCRIU), os.Getenv("PATH"))
+	// A configuration that is wrong is no reason to do without CRIU; locks are refused for it.
+	cfg, _ := loadConfig(config.Path(os.LookupEnv))
+	path, err := realCRIU(cfg.CRIU, os.Getenv("PATH"))
 	if err == nil && len(args) > 1 && args[0] == "swrk" {
 		if fd, e := strconv.Atoi(args[1]); e == nil && isSeqpacket(fd) {
 			err = between(fd)
@@ -74,9 +74,9 @@ func realCRIU(configured, path string) (string, error) {
 		st, err := os.Stat(configured)
 		switch {
 		case err != nil:
-			return "", fmt.Errorf("%s: %w", envCRIU, err)
+			return "", fmt.Errorf("the key criu: %w", err)
 		case os.SameFile(st, self):
-			return "", fmt.Errorf("%s=%s is criu-netlock itself", envCRIU, configured)
+			return "", fmt.Errorf("the key criu, %s: that is criu-netlock itself", configured)
 		}
 		return configured, nil
 	}
@@ -96,7 +96,7 @@ func realCRIU(configured, path string) (string, error) {
 		}
 	}
 	if found == "" {
-		return "", errors.New("there is no criu in PATH but criu-netlock itself; " + envCRIU + " can name it")
+		return "", errors.New("there is no criu in PATH but criu-netlock itself; the key criu in " + config.DefaultPath + " can name it")
 	}
 	return found, nil
 }

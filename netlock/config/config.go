@@ -57,6 +57,9 @@ type Config struct {
 	GuardTimeout time.Duration
 	// OnFailedRestore is "previous", "keep" or "unlock".
 	OnFailedRestore string
+	// CRIU is the program that criu-netlock in CRIU's place hands on to, an absolute path;
+	// empty for the next criu in PATH.
+	CRIU string
 }
 
 // Default is what an absent file means.
@@ -80,6 +83,14 @@ func ParseLogLevel(s string) (string, error) { return oneOf(s, "debug", "info", 
 
 // ParseOnFailedRestore checks a value of the key on-failed-restore.
 func ParseOnFailedRestore(s string) (string, error) { return oneOf(s, "previous", "keep", "unlock") }
+
+// ParseCRIU checks a value of the key criu.
+func ParseCRIU(s string) (string, error) {
+	if s != "" && (s[0] != '/' || strings.ContainsRune(s, 0)) {
+		return "", fmt.Errorf("%q is no absolute path", clip(s))
+	}
+	return s, nil
+}
 
 func oneOf(s string, words ...string) (string, error) {
 	for _, w := range words {
@@ -191,6 +202,7 @@ func Parse(path string, text []byte) (Config, error) {
 
 		GuardTimeout    *string `toml:"guard-timeout"`
 		OnFailedRestore *string `toml:"on-failed-restore"`
+		CRIU            *string `toml:"criu"`
 	}
 	if err := strict(path, text); err != nil {
 		return cfg, fail(err)
@@ -211,18 +223,20 @@ func Parse(path string, text []byte) (Config, error) {
 
 		GuardTimeout    value `toml:"guard-timeout"`
 		OnFailedRestore value `toml:"on-failed-restore"`
+		CRIU            value `toml:"criu"`
 	}{
 		Backend:         value{func(s string) (err error) { set.Backend, err = ParseBackend(s); return err }},
 		Timeout:         value{func(s string) (err error) { set.Timeout, err = ParseTimeout(s); return err }},
 		LogLevel:        value{func(s string) (err error) { set.LogLevel, err = ParseLogLevel(s); return err }},
 		GuardTimeout:    value{func(s string) (err error) { set.GuardTimeout, err = ParseGuardTimeout(s); return err }},
 		OnFailedRestore: value{func(s string) (err error) { set.OnFailedRestore, err = ParseOnFailedRestore(s); return err }},
+		CRIU:            value{func(s string) (err error) { set.CRIU, err = ParseCRIU(s); return err }},
 	}
 	check := func() error {
 		for _, f := range []struct {
 			s *string
 			v value
-		}{{raw.Backend, fields.Backend}, {raw.Timeout, fields.Timeout}, {raw.LogLevel, fields.LogLevel}, {raw.GuardTimeout, fields.GuardTimeout}, {raw.OnFailedRestore, fields.OnFailedRestore}} {
+		}{{raw.Backend, fields.Backend}, {raw.Timeout, fields.Timeout}, {raw.LogLevel, fields.LogLevel}, {raw.GuardTimeout, fields.GuardTimeout}, {raw.OnFailedRestore, fields.OnFailedRestore}, {raw.CRIU, fields.CRIU}} {
 			if f.s != nil {
 				if err := f.v.set(*f.s); err != nil {
 					return err
@@ -323,7 +337,7 @@ func skip(text []byte, at int, chars string) int {
 }
 
 // keys are all that a file can set.
-var keys = [...]string{"backend", "timeout", "log-level", "allow", "guard", "guard-timeout", "on-failed-restore"}
+var keys = [...]string{"backend", "timeout", "log-level", "allow", "guard", "guard-timeout", "on-failed-restore", "criu"}
 
 func unknownKey(key string) error {
 	return fmt.Errorf("unknown key %q; want one of %s, in small letters", clip(key), strings.Join(keys[:], ", "))

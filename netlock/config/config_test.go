@@ -43,6 +43,7 @@ func TestParse(t *testing.T) {
 		{"guard = true", func(*Config) {}},
 		{`guard-timeout = "1h"`, func(c *Config) { c.GuardTimeout = time.Hour }},
 		{`on-failed-restore = "keep"`, func(c *Config) { c.OnFailedRestore = "keep" }},
+		{`criu = "/opt/criu"`, func(c *Config) { c.CRIU = "/opt/criu" }},
 		{"allow = [\n  \"tcp dport 22\", # ssh\n  \"ip daddr 10.0.0.5 tcp dport 2049\",\n]", func(c *Config) {
 			c.Allow = []netlock.Rule{rule(t, "tcp dport 22"), rule(t, "ip daddr 10.0.0.5 tcp dport 2049")}
 		}},
@@ -80,6 +81,7 @@ func TestParseErrors(t *testing.T) {
 		{"guard = 1", "1:9", "integer"},
 		{"guard-timeout = \"2h\"", "1:17", "out of range"},
 		{"\non-failed-restore = \"never\"", "2:21", "previous, keep and unlock"},
+		{"criu = \"sbin/criu\"", "1:8", "no absolute path"},
 		{"timeout = 0", "1:11", "integer"},
 		{"timeout = 5.5", "1:11", "float"},
 		{"timeout = 2020-01-01", "1:11", "date"},

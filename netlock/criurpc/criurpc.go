@@ -1,17 +1,21 @@
 // Package criurpc puts the lock on from inside a program that drives CRIU over RPC: no
 // hook process is started, and the lock is in force before CRIU goes on.
 //
-// There are three ways in:
+// There are four ways in:
 //
 //   - Programs that use go-criu call Dump and Restore of this package in place of those
 //     of criu.Criu, or give go-criu a Notify and tell it the outcome with Done.
 //   - Session is a connection of our own to CRIU, for what go-criu lacks: the socket of
 //     criu service, contexts, messages of any size, file descriptors, answers.
-//   - Checkpoint is what both of them stand on: it takes CRIU's notifications of one dump or
+//   - Proxy stands between CRIU and a client that knows nothing of it, as criu-netlock does
+//     under the name of criu.
+//   - Checkpoint is what all of them stand on: it takes CRIU's notifications of one dump or
 //     restore and does what the table of package action says. Whoever speaks the
 //     protocol himself gives it what CRIU notifies, and ends it.
 //
-// The caller's own callbacks still run, while the network is unlocked where there is a
+// Through a Proxy a client hears of everything while the network is locked: ours runs first
+// on the way in, and after the client's answer on the way out. Otherwise the
+// caller's own callbacks still run, while the network is unlocked where there is a
 // choice: before ours on the way in (pre-dump, network-lock, pre-restore,
 // post-setup-namespaces, post-restore), and if one fails there, ours is not run; after
 // ours on the way out (network-unlock, post-resume), whether or not ours has failed. At
