@@ -1,11 +1,13 @@
 package e2e
 
 import (
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/criu-netlock/criu-netlock/e2e/testbed"
 )
@@ -13,9 +15,8 @@ import (
 // shimDir has criu-netlock under the name of criu.
 const shimDir = testbed.BinDir + "/shim"
 
-// newProxyRun is newRun for a program that knows nothing of us and finds us in CRIU's
-// place; "go-criu", "deaf", which asks for no notifications, and "runc".
-func newProxyRun(t *testing.T, client, lock string, scripts ...string) *run {
+// putShim puts it there.
+func putShim(t *testing.T) *lab {
 	t.Helper()
 	l := openLab(t)
 	shim := filepath.Join(l.Work, "bin", "shim")
@@ -25,6 +26,14 @@ func newProxyRun(t *testing.T, client, lock string, scripts ...string) *run {
 	if err := os.Symlink(oursPath, filepath.Join(shim, "criu")); err != nil && !os.IsExist(err) {
 		t.Fatal(err)
 	}
+	return l
+}
+
+// newProxyRun is newRun for a program that knows nothing of us and finds us in CRIU's
+// place; "go-criu", "deaf", which asks for no notifications, and "runc".
+func newProxyRun(t *testing.T, client, lock string, scripts ...string) *run {
+	t.Helper()
+	putShim(t)
 	engine := client
 	if client == "deaf" {
 		engine = "go-criu"
@@ -123,30 +132,37 @@ func TestProxyKilled(t *testing.T) {
 
 // What is no swrk is CRIU's alone: its output, its exit status.
 func TestProxyPasses(t *testing.T) {
-	l := openLab(t)
+	l := putShim(t)
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
 	for _, argv := range [][]string{{shimDir + "/criu", "--version"}, {oursPath, "criu", "--version"}} {
-		out, err := l.Run(t.Context(), argv...)
+		out, err := l.Run(ctx, argv...)
 		if err != nil || !strings.HasPrefix(out, "Version: ") {
 			t.Errorf("%q: %v\n%s", argv, err, out)
 		}
 	}
-	want, err := l.Run(t.Context(), "sh", "-c", "criu no-such-verb; echo $?")
+	want, err := l.Run(ctx, "sh", "-c", "criu no-such-verb; echo $?")
 	if err != nil {
 		t.Fatal(err)
 	}
 	// The shim first in PATH, twice, does not find itself.
-	got, err := l.Run(t.Context(), "sh", "-c", "PATH="+shimDir+":"+shimDir+":$PATH; criu no-such-verb; echo $?")
+	got, err := l.Run(ctx, "sh", "-c", "PATH="+shimDir+":"+shimDir+":$PATH; criu no-such-verb; echo $?")
 	if err != nil || got != want {
 		t.Errorf("%v\n%s\nwant\n%s", err, got, want)
 	}
-	if out, err := l.Run(t.Context(), "sh", "-c", "PATH="+shimDir+"; criu --version"); err == nil || !strings.Contains(out, "no criu in PATH") {
+	if out, err := l.Run(ctx, "sh", "-c", "PATH="+shimDir+"; criu --version"); err == nil || !strings.Contains(out, "no criu in PATH") {
 		t.Errorf("%v\n%s", err, out)
 	}
 	// One that is configured need not be in PATH.
 	if err := os.WriteFile(filepath.Join(l.Work, "named.toml"), []byte("criu = \"/usr/sbin/criu\"\n"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	if out, err := l.Run(t.Context(), "sh", "-c", "PATH="+shimDir+"; CRIU_NETLOCK_CONFIG="+testbed.WorkDir+"/named.toml criu --version"); err != nil || !strings.HasPrefix(out, "Version: ") {
+	if out, err := l.Run(ctx, "sh", "-c", "PATH="+shimDir+"; CRIU_NETLOCK_CONFIG="+testbed.WorkDir+"/named.toml criu --version"); err != nil || !strings.HasPrefix(out, "Version: ") {
 		t.Errorf("configured: %v\n%s", err, out)
+	}
+	// A signal that ends CRIU ends what was started by our name.
+	out, err := l.Run(ctx, "sh", "-c", shimDir+"/criu service --address /tmp/proxied.sock >/dev/null 2>&1 & until [ -S /tmp/proxied.sock ]; do kill -0 $! || exit; done; kill -TERM $!; wait $!; echo $?; rm /tmp/proxied.sock")
+	if err != nil || !strings.HasSuffix(out, "\n143\n") {
+		t.Errorf("killed by SIGTERM: %v\n%s", err, out)
 	}
 }
