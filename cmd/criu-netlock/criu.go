@@ -20,6 +20,7 @@ import (
 	"github.com/checkpoint-restore/go-criu/v8/rpc"
 	"golang.org/x/sys/unix"
 
+	"github.com/criu-netlock/criu-netlock/cmd/criu-netlock/early"
 	"github.com/criu-netlock/criu-netlock/netlock"
 	"github.com/criu-netlock/criu-netlock/netlock/action"
 	"github.com/criu-netlock/criu-netlock/netlock/config"
@@ -59,7 +60,7 @@ func runCRIU(args []string) int {
 	if err == nil {
 		err = os.NewSyscallError("exec "+path, syscall.Exec(path, append([]string{criuName}, args...), os.Environ()))
 	}
-	say("criu-netlock criu: " + oneLine(err.Error()) + "\n")
+	early.Say("criu-netlock criu: " + oneLine(err.Error()) + "\n")
 	return 1
 }
 
@@ -184,7 +185,7 @@ const (
 // runProxyStart starts the process in between and leaves it alone.
 func runProxyStart(args []string) int {
 	if _, err := startProxy(proxyArg, args, fdClient, fdHandover); err != nil {
-		say("criu-netlock: " + oneLine(err.Error()) + "\n")
+		early.Say("criu-netlock: " + oneLine(err.Error()) + "\n")
 		return 1
 	}
 	return 0
@@ -193,7 +194,7 @@ func runProxyStart(args []string) int {
 // runProxy is the life of the process in between.
 func runProxy(args []string) int {
 	if err := proxy(args); err != nil {
-		say("criu-netlock: between criu swrk and its client: " + oneLine(err.Error()) + "\n")
+		early.Say("criu-netlock: between criu swrk and its client: " + oneLine(err.Error()) + "\n")
 		return netlock.ExitCode(err)
 	}
 	return 0
@@ -231,12 +232,13 @@ func proxy(args []string) error {
 		}
 		log := criuLog(opts)
 		o.Log = func(e criurpc.Entry) {
+			var unguarded error
 			if e.Err == nil && cfg.Guard {
 				// Should we be killed, nobody else would end the lock.
-				e.Report.Guard = startGuardOf(e.Event, e.Report, func() (int, bool) { return p.CRIUPID, true })
+				unguarded = startGuardOf(e.Event, e.Report, func() (int, bool) { return p.CRIUPID, true })
 			}
 			done := e.Err == nil && e.Report.Result != "" || e.Err != nil && netlock.KindOf(e.Err) == netlock.KindTampered
-			log(hookCall{start: time.Now().Add(-e.Took)}.line(cfg.LogLevel, e.Event, e.Report, done, e.Err))
+			log(hookCall{start: time.Now().Add(-e.Took)}.line(cfg.LogLevel, e.Event, e.Report, done, e.Err, unguarded))
 		}
 		return o
 	}
@@ -254,21 +256,21 @@ func criuLog(opts *rpc.CriuOpts) func(string) {
 		name = "criu.log"
 	}
 	if opts.GetLogToStderr() || dir < 0 || strings.Contains(name, "/") {
-		return say
+		return early.Say
 	}
 	held, err := unix.FcntlInt(uintptr(dir), unix.F_DUPFD_CLOEXEC, 3)
 	if err != nil {
-		return say
+		return early.Say
 	}
 	return func(line string) { // once a notification has come CRIU has opened it
 		fd, err := unix.Openat(held, name, unix.O_WRONLY|unix.O_APPEND|unix.O_CLOEXEC|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 		if err != nil {
-			say(line)
+			early.Say(line)
 			return
 		}
 		defer unix.Close(fd)
 		if write(fd, line) != nil {
-			say(line)
+			early.Say(line)
 		}
 	}
 }
