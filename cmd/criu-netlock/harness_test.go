@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/criu-netlock/criu-netlock/cmd/criu-netlock/early/link"
 	"github.com/criu-netlock/criu-netlock/netlock"
 	"github.com/criu-netlock/criu-netlock/netlock/netlocktest"
 )
@@ -37,7 +38,7 @@ func TestMain(m *testing.M) {
 		os.Exit(1)
 	}
 	program = filepath.Join(dir, "criu-netlock")
-	build := exec.Command("go", "build", "-trimpath", "-ldflags", "-X main.version=v0-test", "-o", program, ".")
+	build := exec.Command("go", "build", "-trimpath", "-ldflags", "-X main.version=v0-test "+link.Flag, "-o", program, ".")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	code := 1
 	if out, err := build.CombinedOutput(); err != nil {

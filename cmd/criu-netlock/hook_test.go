@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"regexp"
 	"strconv"
 	"strings"
@@ -16,6 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/criu-netlock/criu-netlock/cmd/criu-netlock/early/link"
 	"github.com/criu-netlock/criu-netlock/netlock/netlocktest"
 )
 
@@ -251,13 +253,48 @@ func TestHooksAtOnce(t *testing.T) {
 	}
 }
 
-// A hook with nothing to do ends before what the others need is initialised: that is
-// two thirds of what the program takes to start.
+// A hook with nothing to do ends before Go's runtime has begun: with its first system call.
+// Linked without the flag it ends before what the others need is initialised.
 func TestEarly(t *testing.T) {
-	r := execute(t, append(hookEnv("pre-resume", "1"), "GODEBUG=inittrace=1"), program).want(t, 0, "init runtime ")
-	for _, late := range []string{"unicode", "reflect", "encoding/json", "log", "net", "github.com/", "golang.org/"} {
+	if link.Flag != "" {
+		netlocktest.Need(t, "strace")
+		r := execute(t, hookEnv("pre-resume", "1"), "strace", "-f", "-e", "quiet=all", program).want(t, 0)
+		if calls := strings.Split(strings.TrimSpace(r.stderr), "\n"); len(calls) != 2 || !strings.HasPrefix(calls[0], "execve(") || !strings.HasPrefix(calls[1], "exit_group(0)") {
+			t.Errorf("it made more than its execve and its exit_group:\n%s", r.stderr)
+		}
+	}
+	plain := filepath.Join(t.TempDir(), "criu-netlock")
+	build := exec.Command("go", "build", "-o", plain, ".")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	r := execute(t, append(hookEnv("pre-resume", "1"), "GODEBUG=inittrace=1"), plain).want(t, 0, "init runtime ")
+	for _, late := range []string{"unicode", "reflect", "encoding/json", "log", "net", "os ", "github.com/", "golang.org/"} {
 		if strings.Contains(r.stderr, "init "+late) {
 			t.Errorf("%s was initialised:\n%s", late, r.stderr)
 		}
+	}
+}
+
+// What runs before Go's runtime has no heap.
+func TestEarlyAllocatesNothing(t *testing.T) {
+	out, err := exec.Command("go", "build", "-gcflags=-m", "./early").CombinedOutput()
+	if err != nil || !strings.Contains(string(out), "can inline") {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	for line := range strings.Lines(string(out)) {
+		if strings.Contains(line, "escapes to heap") && !strings.Contains(line, "does not") || strings.Contains(line, "moved to heap") {
+			t.Error(line)
+		}
+	}
+}
+
+// The Makefile links the program as the tests do.
+func TestMakefileLinks(t *testing.T) {
+	netlocktest.Need(t, "make")
+	out, err := exec.Command("make", "-C", "../..", "-n", "build").CombinedOutput()
+	if err != nil || !strings.Contains(string(out), "-s -w ") || !strings.Contains(string(out), link.Flag) {
+		t.Errorf("%v: want %q in\n%s", err, link.Flag, out)
 	}
 }

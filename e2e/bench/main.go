@@ -22,6 +22,7 @@ import (
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
+	"github.com/criu-netlock/criu-netlock/cmd/criu-netlock/early/link"
 	"github.com/criu-netlock/criu-netlock/iptables"
 	"github.com/criu-netlock/criu-netlock/netlock"
 	"github.com/criu-netlock/criu-netlock/nft"
@@ -45,7 +46,7 @@ func run(parts string, rounds, dumps int) error {
 	}
 	defer os.RemoveAll(dir)
 	program := filepath.Join(dir, "criu-netlock")
-	build := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", program, "./cmd/criu-netlock")
+	build := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w "+link.Flag, "-o", program, "./cmd/criu-netlock")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		return fmt.Errorf("build: %w: %s", err, out)

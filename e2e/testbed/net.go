@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/criu-netlock/criu-netlock/cmd/criu-netlock/early/link"
 	"github.com/criu-netlock/criu-netlock/netlock"
 )
 
@@ -186,11 +187,18 @@ func (s *Session) Rules(ctx context.Context, netns string) (string, error) {
 	return s.RunIn(ctx, netns, "nft", "list", "ruleset")
 }
 
+// program is criu-netlock itself, which is linked in a way of its own.
+const program = "cmd/criu-netlock"
+
 // Build compiles programs of this module into the session's BinDir, static, as
 // NAME: package path below the module.
 func (s *Session) Build(ctx context.Context, programs map[string]string) error {
 	for name, pkg := range programs {
-		cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-o", s.Work+"/bin/"+name, "github.com/criu-netlock/criu-netlock/"+pkg)
+		flags := "-s -w"
+		if pkg == program {
+			flags += " " + link.Flag
+		}
+		cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags", flags, "-o", s.Work+"/bin/"+name, "github.com/criu-netlock/criu-netlock/"+pkg)
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 		if out, err := cmd.CombinedOutput(); err != nil {
 			return fmt.Errorf("build %s: %w", pkg, errOutput(err, out))

@@ -1,3 +1,5 @@
+//go:build amd64 || arm64
+
 package early
 
 // The hooks of a checkpoint that has a guard: it does their work, and all that is left
@@ -5,9 +7,8 @@ package early
 // says why; a test holds the two together.
 
 import (
-	"os"
 	"syscall"
-	"time"
+	"unsafe"
 )
 
 // GuardDir is guard.Dir.
@@ -16,123 +17,159 @@ const GuardDir = "/run/criu-netlock"
 const (
 	guardVersion = "1"
 	notDone      = 255
-	// answerTime is how long the guard may take before the hook turns to the work itself.
-	// It works by turns with the guard, so that nothing is done twice at a time.
-	answerTime = 300 * time.Millisecond
+	// answerTime is how many nanoseconds the guard may take before the hook turns to the
+	// work itself. It works by turns with the guard, so that nothing is done twice at a time.
+	answerTime = 300e6
 )
 
-// Asks tells whether a hook asks the guard. The others come before there is one.
-func Asks(name string) bool {
-	switch name {
-	case "network-lock", "network-unlock", "post-setup-namespaces", "post-restore", "post-resume":
-		return true
-	}
-	return false
+// text is a string of its own memory, which nobody has to allocate.
+type text struct {
+	n    int
+	over bool
+	b    [8192]byte
 }
 
+func (t *text) add(s string) *text {
+	// The last byte stays 0, for the kernel.
+	if len(s) >= len(t.b)-t.n {
+		t.over = true
+		return t
+	}
+	t.n += copy(t.b[t.n:], s)
+	return t
+}
+
+func (t *text) addNumber(n uint64) *text {
+	d := uint64(1)
+	for n/d > 9 {
+		d *= 10
+	}
+	const figures = "0123456789"
+	for ; d > 0; d /= 10 {
+		i := n / d % 10
+		t.add(figures[i : i+1])
+	}
+	return t
+}
+
+func (t *text) string() string { return unsafe.String(&t.b[0], t.n) }
+
+// What ask works with: the heap may not be there yet.
+var (
+	path, socket, message text
+	stat                  syscall.Stat_t
+	limit                 = syscall.Timeval{Usec: answerTime / 1e3}
+	peer                  syscall.Ucred
+	size                  uint32
+	now                   syscall.Timespec
+	to                    syscall.RawSockaddrUnix
+)
+
 // ask ends the process if the guard has done the hook's work.
-func ask(name string) {
-	pid, image := os.Getenv("CRTOOLS_INIT_PID"), os.Getenv("CRTOOLS_IMAGE_DIR")
+func ask(name string, env func(string) string) {
+	pid, image := env("CRTOOLS_INIT_PID"), env("CRTOOLS_IMAGE_DIR")
 	criu := CRIU(image)
-	if criu == "" || !digits(pid) || !trusted(GuardDir) {
+	if criu == "" || !digits(pid) || !trusted() {
 		return
 	}
-	var netns, pidns syscall.Stat_t
-	if syscall.Stat("/proc/"+pid+"/ns/net", &netns) != nil || syscall.Stat("/proc/self/ns/pid", &pidns) != nil {
+	netns, ok := inode(path.add("/proc/").add(pid).add("/ns/net"))
+	if !ok {
 		return
 	}
-	path := GuardDir + "/" + decimal(netns.Ino) + "." + decimal(pidns.Ino) + "." + criu
-	answer, ok := talk(path, []string{name, pid, image, os.Getenv("CRIU_NETLOCK_CONFIG")})
-	if !ok || len(answer) < 4 || !digits(answer[:3]) || answer[3] != ' ' {
+	path.n = 0
+	pidns, ok := inode(path.add("/proc/self/ns/pid\x00"))
+	if !ok {
 		return
 	}
-	code := 0
-	for _, c := range []byte(answer[:3]) {
-		code = 10*code + int(c-'0')
+	socket.add(GuardDir).add("/").addNumber(netns).add(".").addNumber(pidns).add(".").add(criu)
+	if !talk(name, pid, image, env("CRIU_NETLOCK_CONFIG")) {
+		return
 	}
+	answer := message.string()
+	if len(answer) < 4 || !digits(answer[:3]) || answer[3] != ' ' {
+		return
+	}
+	code := 100*int(answer[0]-'0') + 10*int(answer[1]-'0') + int(answer[2]-'0')
 	if code >= notDone {
 		return
 	}
 	Say(answer[4:])
-	os.Exit(code)
+	exit(code)
 }
 
-// CRIU is the pid in CRTOOLS_IMAGE_DIR, /proc/<pid>/fd/<n>; empty if there is none.
-func CRIU(image string) string {
-	const before, after = "/proc/", "/fd/"
-	if len(image) < len(before) || image[:len(before)] != before {
-		return ""
-	}
-	rest := image[len(before):]
-	n := 0
-	for n < len(rest) && rest[n] != '/' {
-		n++
-	}
-	if pid := rest[:n]; digits(pid) && len(rest) > n+len(after) && rest[n:n+len(after)] == after {
-		return pid
-	}
-	return ""
-}
-
-// decimal is strconv's, which would have packages initialised that come late.
-func decimal(n uint64) string {
-	var b [20]byte
-	i := len(b)
-	for {
-		i--
-		b[i] = byte('0' + n%10)
-		if n /= 10; n == 0 {
-			return string(b[i:])
-		}
-	}
-}
-
-func digits(s string) bool {
-	if s == "" || len(s) > 10 {
+// trusted tells whether the guards' directory is root's alone.
+func trusted() bool {
+	fd, errno := open(GuardDir+"\x00", oPath|syscall.O_DIRECTORY|syscall.O_NOFOLLOW|syscall.O_CLOEXEC)
+	if errno != 0 {
 		return false
 	}
-	for _, c := range []byte(s) {
-		if c < '0' || c > '9' {
-			return false
-		}
-	}
-	return true
+	ok := fstat(fd, &stat) && stat.Uid == euid() && stat.Mode&0o077 == 0
+	closeFD(fd)
+	return ok
 }
 
-func trusted(dir string) bool {
-	var st syscall.Stat_t
-	return syscall.Lstat(dir, &st) == nil &&
-		st.Mode&syscall.S_IFMT == syscall.S_IFDIR && int(st.Uid) == os.Geteuid() && st.Mode&0o077 == 0
+func inode(name *text) (uint64, bool) {
+	fd, errno := open(name.string(), oPath|syscall.O_CLOEXEC)
+	if errno != 0 {
+		return 0, false
+	}
+	ok := fstat(fd, &stat)
+	closeFD(fd)
+	return stat.Ino, ok
 }
 
-// talk sends a request and returns the answer.
-func talk(path string, words []string) (string, bool) {
-	fd, err := syscall.Socket(syscall.AF_UNIX, syscall.SOCK_SEQPACKET|syscall.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return "", false
+// talk sends a request and has the answer in message.
+func talk(name, pid, image, config string) bool {
+	s, _, errno := syscall.RawSyscall(syscall.SYS_SOCKET, syscall.AF_UNIX, syscall.SOCK_SEQPACKET|syscall.SOCK_CLOEXEC, 0)
+	if errno != 0 {
+		return false
 	}
-	defer syscall.Close(fd)
-	limit := syscall.NsecToTimeval(answerTime.Nanoseconds())
-	if syscall.SetsockoptTimeval(fd, syscall.SOL_SOCKET, syscall.SO_SNDTIMEO, &limit) != nil ||
-		syscall.SetsockoptTimeval(fd, syscall.SOL_SOCKET, syscall.SO_RCVTIMEO, &limit) != nil ||
-		syscall.Connect(fd, &syscall.SockaddrUnix{Name: path}) != nil {
-		return "", false
+	ok := exchange(s, name, pid, image, config)
+	closeFD(s)
+	return ok
+}
+
+func exchange(s uintptr, name, pid, image, config string) bool {
+	to.Family = syscall.AF_UNIX
+	if socket.over || socket.n >= len(to.Path) {
+		return false
 	}
-	if peer, err := syscall.GetsockoptUcred(fd, syscall.SOL_SOCKET, syscall.SO_PEERCRED); err != nil || int(peer.Uid) != os.Geteuid() {
-		return "", false
+	for i := range socket.n {
+		to.Path[i] = int8(socket.b[i])
 	}
-	request := guardVersion + "\x00" + decimal(uint64(monotonic()))
-	for _, w := range words {
-		request += "\x00" + w
+	option := func(o uintptr) bool {
+		_, _, errno := syscall.RawSyscall6(syscall.SYS_SETSOCKOPT, s, syscall.SOL_SOCKET, o, uintptr(unsafe.Pointer(&limit)), unsafe.Sizeof(limit), 0)
+		return errno == 0
 	}
-	if syscall.Sendto(fd, []byte(request), syscall.MSG_NOSIGNAL, nil) != nil {
-		return "", false
+	if !option(syscall.SO_SNDTIMEO) || !option(syscall.SO_RCVTIMEO) {
+		return false
 	}
-	b := make([]byte, 8192)
+	if _, _, errno := syscall.RawSyscall(syscall.SYS_CONNECT, s, uintptr(unsafe.Pointer(&to)), unsafe.Sizeof(to)); errno != 0 {
+		return false
+	}
+	size = uint32(unsafe.Sizeof(peer))
+	if _, _, errno := syscall.RawSyscall6(syscall.SYS_GETSOCKOPT, s, syscall.SOL_SOCKET, syscall.SO_PEERCRED,
+		uintptr(unsafe.Pointer(&peer)), uintptr(unsafe.Pointer(&size)), 0); errno != 0 || peer.Uid != euid() {
+		return false
+	}
+	const monotonic = 1
+	if _, _, errno := syscall.RawSyscall(syscall.SYS_CLOCK_GETTIME, monotonic, uintptr(unsafe.Pointer(&now)), 0); errno != 0 {
+		return false
+	}
+	message.n, message.over = 0, false
+	message.add(guardVersion).add("\x00").addNumber(uint64(now.Nano())).
+		add("\x00").add(name).add("\x00").add(pid).add("\x00").add(image).add("\x00").add(config)
+	if message.over {
+		return false
+	}
+	if _, errno := send(s, message.string(), syscall.MSG_NOSIGNAL); errno != 0 {
+		return false
+	}
 	for {
-		n, err := syscall.Read(fd, b)
-		if err != syscall.EINTR {
-			return string(b[:max(n, 0)]), err == nil && n > 0
+		n, _, errno := syscall.RawSyscall(syscall.SYS_READ, s, uintptr(unsafe.Pointer(&message.b)), uintptr(len(message.b)))
+		if errno != syscall.EINTR {
+			message.n = int(n)
+			return errno == 0 && n > 0
 		}
 	}
 }

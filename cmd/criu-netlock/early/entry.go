@@ -1,0 +1,43 @@
+//go:build amd64 || arm64
+
+package early
+
+import "unsafe"
+
+// entry is where the kernel starts the program: it calls begin, and goes on to Go's own
+// entry if that comes back.
+func entry()
+
+// What entry and begin have between them. begin is called by its variable, which has its
+// address whatever Go's calling convention is.
+var (
+	stack unsafe.Pointer // as the kernel has left it: argc, argv, nil, environment, nil
+	first = begin
+	noG   [1024]byte // stands for the goroutine: the end of its stack is at 0
+)
+
+func begin() {
+	entered = true
+	if *(*uintptr)(stack) == 1 {
+		hook(environ)
+	}
+}
+
+// environ is a variable of the environment on the stack. The first one counts, as in package
+// syscall.
+func environ(name string) string {
+	const word, argcArgvNil = unsafe.Sizeof(uintptr(0)), 3
+	for p := unsafe.Add(stack, argcArgvNil*word); ; p = unsafe.Add(p, word) {
+		v := *(*unsafe.Pointer)(p)
+		if v == nil {
+			return ""
+		}
+		n := uintptr(0)
+		for *(*byte)(unsafe.Add(v, n)) != 0 {
+			n++
+		}
+		if s := unsafe.String((*byte)(v), n); len(s) > len(name) && s[len(name)] == '=' && s[:len(name)] == name {
+			return s[len(name)+1:]
+		}
+	}
+}
