@@ -324,9 +324,11 @@ func (c *Checkpoint) warmUp(ctx context.Context) {
 	if err != nil {
 		return // it was for speed alone
 	}
-	if _, err := c.o.Locker.Lock(ctx, ns); err != nil {
-		ns.Close()
-		return
+	for range 2 { // the second time it reads what is there, as an unlock does
+		if _, err := c.o.Locker.Lock(ctx, ns); err != nil {
+			ns.Close()
+			return
+		}
 	}
 	c.warm = ns
 }
