@@ -57,20 +57,45 @@ func TestIPTables(t *testing.T) {
 				}
 				return nil
 			}
-			var errs []error
+			var (
+				errs []error
+				path string
+				fail bool // at post-dump
+				dies bool // the namespace, with the tasks
+			)
 			f.l.hooks.Handle(func(h testbed.Hook) error {
-				path := "/proc/" + h.PID + "/ns/net"
+				if h.PIDSet {
+					path = "/proc/" + h.PID + "/ns/net"
+				}
 				switch {
 				case slices.Contains(lockedAt, h.Action):
 					errs = append(errs, f.probe(h.Action, path, true), ours(h.Action, path, true))
 				case h.PIDSet:
 					errs = append(errs, ours(h.Action, path, false))
 				}
-				if h.Action == "post-dump" {
+				switch {
+				case h.Action != "post-dump":
+				case fail:
+					return errOnPurpose
+				case dies:
 					return f.unplug()
 				}
 				return nil
 			})
+			if err := f.e.Dump(f.ctx, true); err != nil {
+				t.Fatal(err)
+			}
+			flows("after a dump that leaves it running")
+			fail = true
+			if err := f.e.Dump(f.ctx, false); err == nil {
+				t.Fatal("a dump succeeded whose post-dump had failed")
+			}
+			fail = false
+			if err := ours("after a dump that failed", path, false); err != nil {
+				t.Error(err)
+			}
+			flows("after a dump that failed")
+			dies = true
 			if err := f.e.Dump(f.ctx, false); err != nil {
 				t.Fatal(err)
 			}

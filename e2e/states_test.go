@@ -158,9 +158,9 @@ var halfStates = []struct {
 // TestHalfClosed restores connections that one side or both have closed. CRIU
 // rebuilds them with packets that it sends itself, which must pass our lock.
 func TestHalfClosed(t *testing.T) {
-	for _, engine := range []string{"criu", "runc"} {
-		t.Run(engine, func(t *testing.T) {
-			f := begin(t, engine, "skip", oursPath, relayPath)
+	for _, c := range []struct{ engine, lock string }{{"criu", "skip"}, {"runc", "skip"}, {"criu", "nftables"}, {"criu", "iptables"}} {
+		t.Run(c.engine+"/"+c.lock, func(t *testing.T) {
+			f := begin(t, c.engine, c.lock, oursPath, relayPath)
 			var all []*halfClosed
 			each := func(what func(h *halfClosed, i int)) {
 				for k, h := range all {
