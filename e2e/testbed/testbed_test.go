@@ -4,10 +4,13 @@ import (
 	"context"
 	"errors"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/criu-netlock/criu-netlock/netlock/netlocktest"
 )
 
 func TestMirror(t *testing.T) {
@@ -133,5 +136,65 @@ func TestRecipeHash(t *testing.T) {
 	d.Files["etc/lxc/lxc.conf"] += "# changed\n"
 	if c.hash() == d.hash() {
 		t.Error("a changed file makes no other root")
+	}
+}
+
+// A root that no longer works is made anew, one that does is left alone. debootstrap's part
+// is played by a script: the real one takes minutes.
+func TestEnsureRebuilds(t *testing.T) {
+	if os.Geteuid() != 0 {
+		netlocktest.CannotRun(t, "not root")
+	}
+	bin := t.TempDir()
+	source := filepath.Join(bin, "check.go")
+	if err := os.WriteFile(source, []byte("package main\n\nfunc main() {}\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	build := exec.Command("go", "build", "-o", filepath.Join(bin, "check"), source)
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	script := `#!/bin/sh
+set -e
+bin=` + bin + `
+echo made >>$bin/made
+shift 3
+cd "$1"
+mkdir -p bin proc sys dev run tmp root etc
+cp "$bin/check" bin/check
+for program in umount cat; do # which entering needs
+	file=$(command -v $program)
+	cp -L "$file" bin/
+	cp -L --parents $(ldd "$file" | grep -o '/[^ ]*') .
+done
+`
+	if err := os.WriteFile(filepath.Join(bin, "debootstrap"), []byte(script), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", bin+":"+os.Getenv("PATH"))
+	dir := filepath.Join(t.TempDir(), "root")
+	t.Setenv(EnvDir, dir)
+	r := Recipe{Suite: "none", Checks: [][]string{{"/bin/check"}}}
+	for i, spoil := range []func() error{
+		func() error { return nil },
+		func() error { return nil }, // whole
+		func() error { return os.WriteFile(filepath.Join(dir, "bin/check"), []byte("spoilt"), 0o755) },
+		func() error { return os.Remove(filepath.Join(dir, "bin/check")) },
+		func() error { return os.WriteFile(filepath.Join(dir, stamp), []byte("0123\n"), 0o644) },
+	} {
+		if err := spoil(); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := r.Ensure(t.Context(), nil); err != nil {
+			t.Fatalf("%d: %v", i, err)
+		}
+		made, err := os.ReadFile(filepath.Join(bin, "made"))
+		if want := max(1, i); err != nil || strings.Count(string(made), "made") != want {
+			t.Errorf("%d: made %d times, want %d: %v", i, strings.Count(string(made), "made"), want, err)
+		}
+	}
+	if left, _ := filepath.Glob(dir + ".new-*"); len(left) != 0 {
+		t.Errorf("left: %v", left)
 	}
 }
