@@ -4,8 +4,10 @@ package nft
 // batch that replaces it.
 
 import (
+	"context"
 	"errors"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -19,6 +21,8 @@ func TestNoDestroy(t *testing.T) {
 	n := netlocktest.NewNS(t)
 	b := New()
 	defer b.Wait()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
 	text := netlock.Comment(b.now(), netlock.Caller{PID: 4711, Name: "criu"})
 	for _, there := range []string{
 		"",
@@ -28,7 +32,7 @@ func TestNoDestroy(t *testing.T) {
 		if there != "" {
 			n.Run(there, "nft", "-f", "-")
 		}
-		err := b.in(t.Context(), n.Netns(), netlock.Options{}, func(s *session) error {
+		err := b.in(ctx, n.Netns(), netlock.Options{}, func(s *session) error {
 			// What such a kernel says, after which the lock is tried again, and not as it was.
 			refused := &nfnl.BatchError{Index: 1, Cmd: 26, Errno: unix.EINVAL}
 			if created, err := s.settle(refused, tableNames[0], text); created || err != nil || !s.noDestroy {
@@ -46,7 +50,7 @@ func TestNoDestroy(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		st, err := b.Unlock(t.Context(), n.Netns(), netlock.Options{})
+		st, err := b.Unlock(ctx, n.Netns(), netlock.Options{})
 		if err != nil || !st.Intact {
 			t.Errorf("over %q: %+v, %v", there, st, err)
 		}
