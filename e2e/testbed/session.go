@@ -30,6 +30,7 @@ type Session struct {
 	daemons []*daemon
 	// Work is a folder of the machine that the session sees as WorkDir.
 	Work string
+	held *os.File // its folder, locked
 }
 
 // Paths inside a session.
@@ -111,17 +112,55 @@ const path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 // Enter opens a session. ctx bounds the entering only.
 func (r *Root) Enter(ctx context.Context) (*Session, error) { return r.enter(ctx, false) }
 
+// workDir makes a session's folder, which is locked as long as it is in use, and removes
+// those whose processes were killed.
+func workDir() (dir string, held *os.File, err error) {
+	const pattern = "criu-netlock-testbed-"
+	take := func(dir string) (*os.File, error) {
+		f, err := os.Open(dir)
+		if err != nil {
+			return nil, err
+		}
+		if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+			f.Close()
+			return nil, fmt.Errorf("flock %s: %w", dir, err)
+		}
+		return f, nil
+	}
+	stale, _ := filepath.Glob(filepath.Join(os.TempDir(), pattern+"*"))
+	for _, d := range stale {
+		if f, err := take(d); err == nil {
+			os.RemoveAll(d)
+			f.Close()
+		}
+	}
+	for range 100 {
+		if dir, err = os.MkdirTemp("", pattern); err != nil {
+			return "", nil, err
+		}
+		if held, err = take(dir); err == nil {
+			if _, err = os.Stat(dir); err == nil {
+				return dir, held, nil
+			}
+			held.Close()
+		}
+		os.RemoveAll(dir) // another process has just taken it for such a one
+	}
+	return "", nil, err
+}
+
 // EnterApart opens a session with a network namespace and a cgroup namespace of its
 // own: what an engine's daemons do to bridges, rules and cgroups stays in there.
 func (r *Root) EnterApart(ctx context.Context) (*Session, error) { return r.enter(ctx, true) }
 
 func (r *Root) enter(ctx context.Context, apart bool) (*Session, error) {
-	work, err := os.MkdirTemp("", "criu-netlock-e2e-")
+	work, held, err := workDir()
 	if err != nil {
 		return nil, err
 	}
 	fail := func(err error) (*Session, error) {
 		os.RemoveAll(work)
+		held.Close()
 		return nil, fmt.Errorf("enter %s: %w", r.dir, err)
 	}
 	for _, d := range []string{"criu", "bin"} {
@@ -134,7 +173,7 @@ func (r *Root) enter(ctx context.Context, apart bool) (*Session, error) {
 	if err := unix.CloseRange(3, ^uint(0), unix.CLOSE_RANGE_CLOEXEC); err != nil {
 		return fail(fmt.Errorf("close_range: %w", err))
 	}
-	s := &Session{Work: work, apart: apart}
+	s := &Session{Work: work, held: held, apart: apart}
 	argv := append([]string{"-c", enterScript, "enter", r.dir, work, ""}, r.writable...)
 	if apart {
 		name := s.CgroupParent()[1:]
@@ -388,7 +427,9 @@ func (s *Session) Close() error {
 	if err != nil {
 		err = fmt.Errorf("leave the testbed: %w", errOutput(err, s.log.Bytes()))
 	}
-	return errors.Join(err, s.removeCgroups(), os.RemoveAll(s.Work))
+	err = errors.Join(err, s.removeCgroups(), os.RemoveAll(s.Work))
+	s.held.Close()
+	return err
 }
 
 // removeCgroups removes what a container that was killed left behind.
