@@ -19,7 +19,13 @@ ENTRY = $(if $(filter amd64 arm64,$(shell $(GO) env GOARCH)),-E github.com/criu-
 GOFLAGS_BUILD = -trimpath -ldflags "-s -w -X main.version=$(VERSION) $(ENTRY)"
 FUZZTIME ?= 5s
 
-.PHONY: help build install test lint bench demo deps fuzz clean
+# The C library is the one thing that needs a C compiler. Its Go threads must not send
+# signals to each other: asyncpreemptoff.
+LIBFLAGS := -tags clibrary -trimpath -ldflags "-s -w -X runtime.godebugDefault=asyncpreemptoff=1 \
+  -extld $(CURDIR)/cmd/libcriunetlock/link.sh -extldflags '-Wl,-soname,libcriunetlock.so -Wl,-z,defs -Wl,--version-script=$(CURDIR)/cmd/libcriunetlock/exports.map'"
+LIBDIR   ?= bin
+
+.PHONY: help build install lib install-lib test lint bench demo deps fuzz clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,6 +35,15 @@ build: deps-go ## build bin/criu-netlock
 
 install: build ## install the program to PREFIX/sbin (/usr/local/sbin)
 	install -D -m 0755 bin/criu-netlock $(DESTDIR)$(PREFIX)/sbin/criu-netlock
+
+lib: deps-go deps-c ## build the C library, bin/libcriunetlock.so and its header
+	CGO_ENABLED=1 $(GO) build -buildmode=c-shared $(LIBFLAGS) -o $(LIBDIR)/libcriunetlock.so ./cmd/libcriunetlock
+	@rm -f $(LIBDIR)/libcriunetlock.h
+	install -m 0644 cmd/libcriunetlock/criu_netlock.h $(LIBDIR)/
+
+install-lib: lib ## install the C library to PREFIX/lib and PREFIX/include
+	install -D -m 0755 $(LIBDIR)/libcriunetlock.so $(DESTDIR)$(PREFIX)/lib/libcriunetlock.so
+	install -D -m 0644 $(LIBDIR)/criu_netlock.h $(DESTDIR)$(PREFIX)/include/criu_netlock.h
 
 # A test that cannot run here for want of root or a tool fails.
 test: export CI = true
@@ -61,7 +76,7 @@ bench: deps ## measure beside what a user would use instead, as ratios
 demo: deps ## checkpoint and restore a container with a live connection
 	$(GO) run ./e2e/demo
 
-deps: deps-go ## install Debian's packages that the tests need, if they are missing
+deps: deps-go deps-c ## install Debian's packages that the tests need, if they are missing
 	@need=; have() { command -v $$1 >/dev/null; }; \
 	have nft || need="$$need nftables"; \
 	have iptables-legacy-restore || need="$$need iptables"; \
@@ -74,7 +89,11 @@ deps: deps-go ## install Debian's packages that the tests need, if they are miss
 	have unshare && have setpriv || need="$$need util-linux"; \
 	[ -z "$$need" ] || { apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends $$need; }
 
-.PHONY: deps-go
+.PHONY: deps-go deps-c
+deps-c:
+	@command -v gcc >/dev/null && echo '#include <stdio.h>' | gcc -E - >/dev/null 2>&1 || \
+	  { apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends gcc libc6-dev; }
+
 deps-go:
 	@command -v $(GO) >/dev/null || { apt-get update -q; \
 	  DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends -t bookworm-backports golang-go ca-certificates 2>/dev/null || \

@@ -1,10 +1,11 @@
 package main
 
-// The only place where backends are wired.
+// The backends as the program uses them; package wire chooses among them.
 
 import (
 	"context"
 
+	"github.com/criu-netlock/criu-netlock/cmd/internal/wire"
 	"github.com/criu-netlock/criu-netlock/iptables"
 	"github.com/criu-netlock/criu-netlock/netlock"
 	"github.com/criu-netlock/criu-netlock/netlock/config"
@@ -12,22 +13,8 @@ import (
 	"github.com/criu-netlock/criu-netlock/nft/nfnl"
 )
 
-// newLocker is the Locker that a configuration asks for. An explicit backend never
-// falls back; the other one only cleans up what an earlier choice left.
 func newLocker(cfg config.Config, caller netlock.Caller, opts ...nft.Option) *netlock.Locker {
-	l := &netlock.Locker{Options: netlock.Options{Allow: cfg.Allow, Caller: caller}}
-	n := nft.New(opts...)
-	switch cfg.Backend {
-	case config.NFT:
-		l.Backends = []netlock.Backend{n}
-		l.Cleaners = []netlock.Backend{iptables.New(iptables.Auto)}
-	case config.IPTables:
-		l.Backends = []netlock.Backend{iptables.New(iptables.Auto)}
-		l.Cleaners = []netlock.Backend{n}
-	default:
-		l.Backends = []netlock.Backend{n, iptables.New(iptables.Legacy)}
-	}
-	return l
+	return wire.Locker(cfg, caller, opts...)
 }
 
 // hookLocker is newLocker for a process that exits at once after unlocking, with CRIU
