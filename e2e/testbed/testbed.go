@@ -54,7 +54,7 @@ func Default() Recipe {
 	return Recipe{
 		Suite:    "forky",
 		Script:   "/usr/share/debootstrap/scripts/sid",
-		Packages: []string{"criu", "runc", "nftables", "iptables", "iproute2"},
+		Packages: []string{"criu", "runc", "nftables", "iptables", "iproute2", "libcriu-dev"},
 		Checks: [][]string{
 			{"criu", "--version"},
 			{"runc", "--version"},
@@ -62,6 +62,7 @@ func Default() Recipe {
 			{"iptables-nft", "--version"},
 			{"ip", "-Version"},
 			{"ss", "-V"},
+			{"test", "-f", "/usr/include/criu/criu.h"},
 		},
 	}
 }
