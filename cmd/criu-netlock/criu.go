@@ -230,15 +230,14 @@ func proxy(args []string) error {
 		o := criurpc.Options{
 			Locker: guardLocker(cfg, netlock.Caller{}), Timeout: cfg.Timeout, OnFailedRestore: guard.Policy(cfg.OnFailedRestore), Refuse: cfgErr,
 		}
+		// Should we be killed, nobody else would end the lock.
+		if o.Guard = "/proc/self/exe"; !cfg.Guard {
+			o.Guard = criurpc.NoGuard
+		}
 		log := criuLog(opts)
 		o.Log = func(e criurpc.Entry) {
-			var unguarded error
-			if e.Err == nil && cfg.Guard {
-				// Should we be killed, nobody else would end the lock.
-				unguarded = startGuardOf(e.Event, e.Report, func() (int, bool) { return p.CRIUPID, true })
-			}
 			done := e.Err == nil && e.Report.Result != "" || e.Err != nil && netlock.KindOf(e.Err) == netlock.KindTampered
-			log(hookCall{start: time.Now().Add(-e.Took)}.line(cfg.LogLevel, e.Event, e.Report, done, e.Err, unguarded))
+			log(hookCall{start: time.Now().Add(-e.Took)}.line(cfg.LogLevel, e.Event, e.Report, done, e.Err, e.Unguarded))
 		}
 		return o
 	}

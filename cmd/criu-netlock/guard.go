@@ -27,11 +27,6 @@ const readyTime = time.Second
 // startGuard starts the guard of a checkpoint, if the hook is one that does. It returns
 // why there is none, where there should be one.
 func startGuard(ev action.Event, rep action.Report) error {
-	return startGuardOf(ev, rep, func() (int, bool) { return criuPID(ev) })
-}
-
-// startGuardOf is startGuard for a CRIU that is found by another way.
-func startGuardOf(ev action.Event, rep action.Report, find func() (int, bool)) error {
 	phase, wait := guard.Dump, readyTime
 	switch {
 	case rep.Netns == 0: // a task in our own namespace
@@ -42,7 +37,7 @@ func startGuardOf(ev action.Event, rep action.Report, find func() (int, bool)) e
 	default:
 		return nil
 	}
-	criu, ok := find()
+	criu, ok := criuPID(ev)
 	if !ok {
 		return nil // no CRIU to watch: somebody tries the hook
 	}
@@ -63,7 +58,8 @@ func startGuardOf(ev action.Event, rep action.Report, find func() (int, bool)) e
 			env = append(env, name+"="+v)
 		}
 	}
-	return guard.Start("/proc/self/exe", c, env, wait)
+	_, err = guard.Start("/proc/self/exe", c, env, wait)
+	return err
 }
 
 // criuPID is CRIU's pid: the process whose image directory the hook was given, if it is
@@ -86,6 +82,14 @@ func criuPID(ev action.Event) (int, bool) {
 	return 0, false
 }
 
+// runGuardStart starts a guard and leaves it alone.
+func runGuardStart(args []string) int {
+	if err := guard.StartAgain(args); err != nil {
+		return netlock.ExitCode(err) // who started this gets no answer
+	}
+	return 0
+}
+
 // runGuard is the guard's whole life.
 func runGuard(args []string) int {
 	logger, logErr := syslog.New(syslog.LOG_DAEMON|syslog.LOG_WARNING, "criu-netlock")
@@ -97,7 +101,7 @@ func runGuard(args []string) int {
 	if err := unix.CloseRange(guard.FirstFree, ^uint(0)>>1, unix.CLOSE_RANGE_CLOEXEC); err != nil {
 		log("close_range: %v", err)
 	}
-	c, ready, err := guard.Inherited(args)
+	c, ready, over, err := guard.Inherited(args)
 	if err != nil {
 		early.Say(oneLine(err.Error()) + "\n")
 		return netlock.ExitCode(&netlock.Error{Kind: netlock.KindInput, Err: err})
@@ -106,11 +110,16 @@ func runGuard(args []string) int {
 	if err != nil {
 		log("%v; the guard goes by the defaults", err)
 	}
-	criu := netlock.CallerOf(c.CRIU).For(c.Task)
+	caller := c.CRIU
+	if caller == 0 {
+		caller = c.Client
+	}
+	criu := netlock.CallerOf(caller).For(c.Task)
 	g := guard.Guard{
 		Checkpoint: c,
 		Locker:     guardLocker(cfg, criu),
-		Policy:     guard.Policy(cfg.OnFailedRestore),
+		Default:    guard.Policy(cfg.OnFailedRestore),
+		Over:       over,
 		Deadline:   cfg.GuardTimeout,
 		Log:        log,
 		Hook: func(r guard.Request) guard.Answer {

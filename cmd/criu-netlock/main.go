@@ -20,6 +20,9 @@ func main() {
 	if len(os.Args) > 1 && os.Args[1] == guard.Arg {
 		os.Exit(runGuard(os.Args[2:]))
 	}
+	if len(os.Args) > 1 && os.Args[1] == guard.StartArg {
+		os.Exit(runGuardStart(os.Args[2:]))
+	}
 	if len(os.Args) == 1 {
 		if os.Getenv(action.EnvAction) != "" {
 			os.Exit(runHook(start))

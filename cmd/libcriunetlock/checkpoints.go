@@ -35,6 +35,7 @@ type opts struct {
 	leaveRunning bool
 	logFD        int
 	config       string // empty: the default
+	guard        string // the program; empty: looked up
 }
 
 func (s *checkpoints) begin(o opts) (uint64, error) {
@@ -49,7 +50,10 @@ func (s *checkpoints) begin(o opts) (uint64, error) {
 	ro := criurpc.Options{
 		// Nobody waits for the kernel's clean-up after an unlock.
 		Locker:  wire.Locker(cfg, netlock.Caller{}, nft.WithRelease(func(fd int) { go unix.Close(fd) })),
-		Timeout: cfg.Timeout, OnFailedRestore: guard.Policy(cfg.OnFailedRestore),
+		Timeout: cfg.Timeout, OnFailedRestore: guard.Policy(cfg.OnFailedRestore), Guard: o.guard,
+	}
+	if !cfg.Guard {
+		ro.Guard = criurpc.NoGuard
 	}
 	if o.logFD > unix.Stderr {
 		ro.Log = func(e criurpc.Entry) { _, _ = unix.Write(o.logFD, line(cfg.LogLevel, e)) } // there is no other place
@@ -107,7 +111,7 @@ func line(levelName string, e criurpc.Entry) []byte {
 	switch {
 	case e.Err != nil:
 		level, msg = slog.LevelError, string(e.Event.Action)+" failed"
-	case e.Report.Loud:
+	case e.Report.Loud, e.Unguarded != nil:
 		level = slog.LevelWarn
 	}
 	var least slog.Level
@@ -117,6 +121,9 @@ func line(levelName string, e criurpc.Entry) []byte {
 	r := slog.NewRecord(time.Now().UTC(), level, msg, 0)
 	r.AddAttrs(slog.String("action", string(e.Event.Action)), slog.Int("pid", e.Event.PID), slog.Uint64("netns", e.Report.Netns),
 		slog.String("backend", e.Report.Backend), slog.String("result", e.Report.Result), slog.Int64("duration_us", e.Took.Microseconds()))
+	if e.Unguarded != nil {
+		r.AddAttrs(slog.String("guard_err", oneLine(e.Unguarded)))
+	}
 	if e.Err != nil {
 		r.AddAttrs(slog.String("err", oneLine(e.Err)))
 	}

@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"github.com/criu-netlock/criu-netlock/netlock"
+	"github.com/criu-netlock/criu-netlock/netlock/criurpc"
 	"github.com/criu-netlock/criu-netlock/netlock/netlocktest"
 )
 
@@ -24,7 +25,7 @@ func TestCheckpoints(t *testing.T) {
 	defer f.Close()
 	var all checkpoints
 	for _, failed := range []int{0, -52} {
-		id, err := all.begin(opts{pid: pid, leaveRunning: true, logFD: int(f.Fd()), config: conf})
+		id, err := all.begin(opts{pid: pid, leaveRunning: true, logFD: int(f.Fd()), config: conf, guard: criurpc.NoGuard})
 		if err != nil || id == 0 {
 			t.Fatal(id, err)
 		}

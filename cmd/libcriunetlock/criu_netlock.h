@@ -18,7 +18,9 @@
  *
  * Processes. The library has threads of its own from the moment that it is loaded, and
  * these do not come along in a fork(). A daemon must fork first and load the library
- * (dlopen) then; a child that goes on without an exec can not use it, and is told so.
+ * (dlopen) then; a child that goes on without an exec can not use it, and is told so. To
+ * start the guard, and where iptables locks, the library starts children and waits for
+ * them by their pids: the program sees a SIGCHLD, and should wait for its own by pid too.
  *
  * Signals. The library leaves every signal's disposition as it found it, takes none in
  * its threads, and sends none to the program. It does not read the standard streams, and
@@ -58,12 +60,19 @@ typedef struct criu_netlock_opts {
 	int log_fd;	   /* >2: a line for each notification that did something is written there */
 	/* The configuration file; NULL: $CRIU_NETLOCK_CONFIG, or /etc/criu/netlock.toml. */
 	const char *config;
+	/* The program criu-netlock; NULL: the one in PATH, or /usr/local/sbin; "none": no guard. */
+	const char *guard;
 } criu_netlock_opts;
 
 /*
  * criu_netlock_init begins a checkpoint in this thread. It is called before criu_dump or
- * criu_restore, reads the configuration and locks nothing yet. What a checkpoint that was
- * not closed has left locked it does not touch: it fails.
+ * criu_restore, reads the configuration and locks nothing yet. It fails while the thread's
+ * last checkpoint is not closed.
+ *
+ * At pre-dump, and with the first lock of a restore, the program criu-netlock is started
+ * as the checkpoint's guard: should the program be killed, it unlocks the tasks that live
+ * on. Without the program, or with guard = false in the configuration, nobody does, and
+ * the line in the log says so.
  */
 int criu_netlock_init(const criu_netlock_opts *opts);
 

@@ -121,7 +121,7 @@ static int init(struct call *c)
 	const criu_netlock_opts *o = c->opts;
 
 	return criuNetlockInit(o->verb == CRIU_NETLOCK_RESTORE, o->pid, o->leave_running, o->log_fd, (char *)c->text,
-			       &c->checkpoint, c->error, sizeof(c->error));
+			       (char *)o->guard, &c->checkpoint, c->error, sizeof(c->error));
 }
 
 static int notify(struct call *c)

@@ -41,6 +41,7 @@ type Checkpoint struct {
 	failed    error // the last unlock
 	tampered  error // what an unlock found
 	over      bool
+	guarded   func() // tells the guard that all is over; nil without one
 	warm      *netlock.Namespace
 }
 
@@ -97,8 +98,9 @@ func (c *Checkpoint) Handle(ctx context.Context, name action.Name, pid int) (act
 		return action.Report{Result: "nothing to do"}, nil
 	}
 	type done struct {
-		ev  action.Event
-		rep action.Report
+		ev        action.Event
+		rep       action.Report
+		unguarded error
 	}
 	d, err := within(ctx, c, start, string(name), func(ctx context.Context) (d done, err error) {
 		d.ev = action.Event{Action: name}
@@ -110,11 +112,14 @@ func (c *Checkpoint) Handle(ctx context.Context, name action.Name, pid int) (act
 			c.warmUp(ctx)
 		}
 		c.learn(op, name, d.rep, err)
+		if err == nil {
+			d.unguarded = c.guardFrom(name, d.rep)
+		}
 		return d, err
 	})
 	if c.o.Log != nil {
 		d.ev.Action = name // it may have been given up
-		c.o.Log(Entry{Event: d.ev, Report: d.rep, Err: err, Took: time.Since(start)})
+		c.o.Log(Entry{Event: d.ev, Report: d.rep, Err: err, Took: time.Since(start), Unguarded: d.unguarded})
 	}
 	return d.rep, err
 }
@@ -334,6 +339,9 @@ func (c *Checkpoint) warmUp(ctx context.Context) {
 }
 
 func (c *Checkpoint) drop() {
+	if c.guarded != nil {
+		c.guarded()
+	}
 	if c.warm != nil {
 		c.warm.Close()
 	}

@@ -92,7 +92,7 @@ func (f *fake) state(ns *netlock.Namespace) (netlock.State, error) {
 }
 
 func (f *fake) options() Options {
-	return Options{Locker: netlock.New(f), Timeout: 10 * time.Second}
+	return Options{Locker: netlock.New(f), Timeout: 10 * time.Second, Guard: NoGuard}
 }
 
 // sleeper is a task in a network namespace of its own.

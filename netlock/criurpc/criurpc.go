@@ -69,8 +69,7 @@
 //	}
 //
 // Be aware:
-//   - A program that is killed says nothing. Where that matters, criu-netlock as CRIU's
-//     action script beside this package brings a guard; or criu-netlock gc ends the lock.
+//   - A program that is killed says nothing: see Options.Guard.
 //   - CRIU's pids must be pids here too: CRIU has to run in our pid namespace.
 //   - CRIU ignores what becomes of network-unlock. An unlock that fails is tried again by
 //     Done or End, which return the error of the last try.
@@ -95,6 +94,11 @@ type Options struct {
 	// OnFailedRestore says what becomes of the lock when a restore fails: by default what
 	// it was before.
 	OnFailedRestore guard.Policy
+	// Guard is the program criu-netlock, which is started as the guard of each checkpoint: a
+	// process that unlocks what lives should this one be killed. Empty means the one in PATH
+	// or /usr/local/sbin, NoGuard none. Where it cannot be had, the Log is told why, and
+	// the checkpoint goes on.
+	Guard string
 	// Refuse, if set, is why nothing can be locked. Unlocking goes on all the same.
 	Refuse error
 	// Log, if set, is told of every notification that does something.
@@ -107,6 +111,8 @@ type Entry struct {
 	Report action.Report
 	Err    error
 	Took   time.Duration
+	// Unguarded is why the checkpoint has got no guard with this notification.
+	Unguarded error
 }
 
 // DefaultTimeout is Options.Timeout where none is given.

@@ -19,6 +19,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strconv"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -59,9 +61,15 @@ type Locker interface {
 type Checkpoint struct {
 	Phase Phase
 	NS    *netlock.Namespace
-	// CRIU and Task are pids, and pidfds that the guard owns.
+	// CRIU and Task are pids, and pidfds that the guard owns. CRIU is 0 where its client
+	// does not know it, and its pidfd -1.
 	CRIU, Task     int
 	CRIUfd, TaskFD int
+	// Client is the program that locks for CRIU, by RPC; 0 and -1 where CRIU's hooks do.
+	// While it lives it says itself how the checkpoint has ended.
+	Client, ClientFD int
+	// Policy is what the client wants; empty for the guard's own.
+	Policy Policy
 	// WasLocked: the namespace was locked before this restore began.
 	WasLocked bool
 	// WasFrozen: the task was frozen or stopped before this dump began, by somebody
@@ -73,7 +81,7 @@ type Checkpoint struct {
 type Guard struct {
 	Checkpoint
 	Locker   Locker
-	Policy   Policy
+	Default  Policy        // where the Checkpoint has none
 	Deadline time.Duration // how long an unlock that fails is tried again
 	// Hook does what a hook asks for.
 	Hook func(Request) Answer
@@ -81,8 +89,13 @@ type Guard struct {
 	Ready func()
 	// Log writes to the system's log: there is no other place once CRIU is gone.
 	Log func(format string, args ...any)
+	// Over, if set, is closed when the client says that all is over.
+	Over <-chan struct{}
 	// Dir is for tests; empty means the Dir of the package.
 	Dir string
+
+	place *server
+	gone  time.Time // when CRIU, or its client, was gone
 }
 
 // verdict is what is to be done when CRIU is gone.
@@ -107,6 +120,10 @@ type facts struct {
 	wasFrozen bool
 	wasLocked bool
 	policy    Policy
+	// abandoned: the client is gone, who would have said that a restored task lives.
+	abandoned bool
+	// working: CRIU is not known, and may be at work on the task.
+	working bool
 }
 
 // decide says what becomes of a lock whose CRIU is gone without unlocking.
@@ -114,6 +131,10 @@ func decide(f facts) verdict {
 	switch {
 	case !f.found:
 		return over
+	case f.alive && f.working:
+		return wait
+	case f.phase == Restore && f.alive && f.abandoned:
+		return release
 	case f.phase == Restore:
 		// Tasks that are still there are half restored and wait for CRIU for ever.
 		if f.policy == Keep || f.policy == Previous && f.wasLocked {
@@ -133,10 +154,11 @@ func decide(f facts) verdict {
 // Serve takes the guard's place in Dir, calls Ready, and watches until nothing is left
 // to guard. An error of ErrTaken means that another guard is there.
 func (g *Guard) Serve() error {
-	s, err := listen(g.dir(), nameOf(g.NS.Inode(), g.CRIU))
+	s, err := listen(g.dir(), nameOf(g.NS.Inode(), g.id()))
 	if err != nil {
 		return err
 	}
+	g.place = s
 	defer s.close()
 	done := make(chan struct{}, 1)
 	go s.serve(func(r Request) Answer {
@@ -151,13 +173,39 @@ func (g *Guard) Serve() error {
 	})
 	g.Ready()
 	gone := make(chan struct{})
-	go func() { waitPidfd(g.CRIUfd, -1); close(gone) }()
+	go func() {
+		fd := g.CRIUfd
+		if fd < 0 {
+			fd = g.ClientFD
+		}
+		waitPidfd(fd, -1)
+		close(gone)
+	}()
 	select {
 	case <-done:
 		return nil
+	case <-g.Over:
+		return nil
 	case <-gone:
 	}
+	g.gone = time.Now()
 	return g.settle(done)
+}
+
+// id is what a guard is known by beside its namespace.
+func (c *Checkpoint) id() int {
+	if c.CRIU != 0 {
+		return c.CRIU
+	}
+	return c.Client
+}
+
+// who is gone.
+func (c *Checkpoint) who() string {
+	if c.CRIU != 0 {
+		return fmt.Sprintf("CRIU, pid %d,", c.CRIU)
+	}
+	return fmt.Sprintf("CRIU's client, pid %d,", c.Client)
 }
 
 func (g *Guard) dir() string {
@@ -211,6 +259,8 @@ func (g *Guard) settle(done <-chan struct{}) error {
 		select {
 		case <-done:
 			return nil
+		case <-g.Over:
+			return nil
 		case <-time.After(poll):
 		}
 		poll = min(2*poll, lastPoll)
@@ -225,7 +275,8 @@ func (g *Guard) once() (verdict, error) {
 		return wait, err
 	}
 	defer t.done()
-	if others(g.dir(), g.NS.Inode(), g.CRIU) {
+	if others(g.dir(), g.NS.Inode(), g.id()) {
+		g.place.close() // before the turn ends, or the other one leaves it to us
 		return over, nil
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), unlockTime)
@@ -235,21 +286,26 @@ func (g *Guard) once() (verdict, error) {
 		return wait, err
 	}
 	f := facts{phase: g.Phase, found: st.Found, wasFrozen: g.WasFrozen, wasLocked: g.WasLocked, policy: g.Policy}
+	if f.policy == "" {
+		f.policy = g.Default
+	}
+	f.abandoned = g.ClientFD >= 0 && waitPidfd(g.ClientFD, 0)
 	// A task that CRIU has just killed takes a moment to be dead.
 	f.alive = !waitPidfd(g.TaskFD, int(dyingTime.Milliseconds()))
 	if f.alive {
 		f.stopped, f.frozen = Stopped(g.Task), Frozen(g.Task)
+		f.working = g.CRIU == 0 && (g.Phase == Dump && traced(g.Task) || g.Phase == Restore && time.Since(g.gone) < restoreTime)
 	}
 	v := decide(f)
 	switch v {
 	case keep:
-		g.Log("CRIU, pid %d, is gone and %s is still locked: kept for a restore", g.CRIU, g.NS)
+		g.Log("%s is gone and %s is still locked: kept for a restore", g.who(), g.NS)
 	case release:
 		_, err := g.Locker.Unlock(ctx, g.NS)
 		if err != nil && netlock.KindOf(err) != netlock.KindTampered {
 			return wait, err
 		}
-		g.Log("CRIU, pid %d, was gone without unlocking %s: unlocked", g.CRIU, g.NS)
+		g.Log("%s was gone without unlocking %s: unlocked", g.who(), g.NS)
 	}
 	return v, nil
 }
@@ -259,6 +315,9 @@ const (
 	turnTime   = time.Second
 	unlockTime = 5 * time.Second
 	dyingTime  = 50 * time.Millisecond
+	// restoreTime is how long a CRIU that is not known may take to kill the tasks of a
+	// restore whose client has gone, or to let them run.
+	restoreTime = 10 * time.Second
 )
 
 // waitPidfd waits until the task of a pidfd is dead, a zombie included; for ever if
@@ -279,16 +338,38 @@ func Stopped(pid int) bool {
 	return err == nil && st.State == 'T'
 }
 
+// traced tells whether somebody traces the task, as CRIU does until it has put back what
+// it has taken apart.
+func traced(pid int) bool {
+	s, err := proc.Read("/proc/" + strconv.Itoa(pid) + "/status")
+	_, rest, ok := strings.Cut(s, "\nTracerPid:")
+	return err == nil && ok && !strings.HasPrefix(strings.TrimSpace(rest), "0\n")
+}
+
 // Open makes a Checkpoint of two pids. The namespace stays the caller's.
 func Open(phase Phase, ns *netlock.Namespace, criu, task int) (Checkpoint, error) {
-	c := Checkpoint{Phase: phase, NS: ns, CRIU: criu, Task: task, CRIUfd: -1, TaskFD: -1}
-	var err error
-	if c.CRIUfd, err = unix.PidfdOpen(criu, 0); err != nil {
-		return c, fmt.Errorf("pidfd_open of CRIU, pid %d: %w", criu, err)
-	}
-	if c.TaskFD, err = unix.PidfdOpen(task, 0); err != nil {
-		unix.Close(c.CRIUfd)
-		return c, fmt.Errorf("pidfd_open of the task, pid %d: %w", task, err)
+	return OpenFor(0, phase, ns, criu, task)
+}
+
+// OpenFor is Open for a client that locks for CRIU. Where it does not know CRIU's pid, that is 0.
+func OpenFor(client int, phase Phase, ns *netlock.Namespace, criu, task int) (c Checkpoint, err error) {
+	c = Checkpoint{Phase: phase, NS: ns, CRIU: criu, Task: task, Client: client, CRIUfd: -1, TaskFD: -1, ClientFD: -1}
+	defer func() {
+		if err != nil {
+			c.Close()
+		}
+	}()
+	for _, p := range []struct {
+		of  string
+		pid int
+		fd  *int
+	}{{"CRIU", criu, &c.CRIUfd}, {"the client", client, &c.ClientFD}, {"the task", task, &c.TaskFD}} {
+		if p.pid == 0 {
+			continue
+		}
+		if *p.fd, err = unix.PidfdOpen(p.pid, 0); err != nil {
+			return c, fmt.Errorf("pidfd_open of %s, pid %d: %w", p.of, p.pid, err)
+		}
 	}
 	c.WasFrozen = phase == Dump && (Stopped(task) || Frozen(task))
 	return c, nil
@@ -296,6 +377,9 @@ func Open(phase Phase, ns *netlock.Namespace, criu, task int) (Checkpoint, error
 
 // Close closes the pidfds.
 func (c *Checkpoint) Close() {
-	unix.Close(c.CRIUfd)
-	unix.Close(c.TaskFD)
+	for _, fd := range []int{c.CRIUfd, c.TaskFD, c.ClientFD} {
+		if fd >= 0 {
+			unix.Close(fd)
+		}
+	}
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -37,6 +38,13 @@ func TestDecide(t *testing.T) {
 		"restore failed, half a task is there": {facts{phase: Restore, found: true, alive: true, policy: Previous, wasLocked: true}, keep},
 		"restore failed, keep":                 {facts{phase: Restore, found: true, policy: Keep}, keep},
 		"restore failed, unlock":               {facts{phase: Restore, found: true, policy: Unlock, wasLocked: true}, release},
+		"client killed, CRIU has the task":     {facts{phase: Dump, found: true, alive: true, abandoned: true, working: true}, wait},
+		"client killed, CRIU has let go":       {facts{phase: Dump, found: true, alive: true, abandoned: true}, release},
+		"client killed, dumped":                {facts{phase: Dump, found: true, abandoned: true, working: true}, keep},
+		"client killed, restored":              {facts{phase: Restore, found: true, alive: true, abandoned: true, wasLocked: true, policy: Previous}, release},
+		"client killed, restored, keep":        {facts{phase: Restore, found: true, alive: true, abandoned: true, policy: Keep}, release},
+		"client killed, restoring":             {facts{phase: Restore, found: true, alive: true, abandoned: true, working: true}, wait},
+		"client killed, restore failed":        {facts{phase: Restore, found: true, abandoned: true, wasLocked: true, policy: Previous}, keep},
 	} {
 		if got := decide(c.f); got != c.want {
 			t.Errorf("%s: %v, want %v", name, got, c.want)
@@ -151,7 +159,7 @@ func newLab(t *testing.T, phase Phase, dir string, ns *netlock.Namespace) *lab {
 	t.Cleanup(c.Close)
 	l.lock.found.Store(true)
 	l.Guard = &Guard{
-		Checkpoint: c, Locker: l.lock, Policy: Previous, Deadline: 10 * time.Second, Dir: dir,
+		Checkpoint: c, Locker: l.lock, Default: Previous, Deadline: 10 * time.Second, Dir: dir,
 		Hook: func(r Request) Answer { return Answer{Line: "did " + r.Action + "\n"} },
 		Log:  func(f string, a ...any) { fmt.Fprintf(l.log, f+"\n", a...) },
 	}
@@ -231,6 +239,70 @@ func TestUnlocksWhenCRIUIsKilled(t *testing.T) {
 	l.ends(t)
 	if l.lock.found.Load() || l.lock.unlocks.Load() != 1 {
 		t.Errorf("not unlocked; %s", l.log)
+	}
+}
+
+// forClient makes the lab's CRIU the client of one that is not known.
+func (l *lab) forClient(t *testing.T) {
+	t.Helper()
+	c, err := OpenFor(l.criu, l.Phase, l.NS, 0, l.task)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(c.Close)
+	l.Checkpoint = c
+}
+
+// A client that does not know CRIU is killed: the task is unlocked when nobody traces it any
+// more, as CRIU does while its sockets are taken apart.
+func TestUnlocksWhenTheClientIsKilled(t *testing.T) {
+	l := newLab(t, Dump, tempDir(t), namespace(t))
+	l.forClient(t)
+	l.start(t)
+	trace, release := make(chan error), make(chan struct{})
+	go func() {
+		runtime.LockOSThread() // a tracer is a thread
+		trace <- unix.PtraceSeize(l.task)
+		<-release
+		err := unix.PtraceInterrupt(l.task)
+		if err == nil {
+			_, err = unix.Wait4(l.task, nil, 0, nil)
+		}
+		trace <- errors.Join(err, unix.PtraceDetach(l.task))
+	}()
+	if err := <-trace; err != nil {
+		t.Fatal(err)
+	}
+	kill(t, l.criu)
+	select {
+	case <-l.end:
+		t.Fatal("the guard of a task that is traced ended")
+	case <-time.After(3 * firstPoll): // it has looked
+	}
+	if l.lock.unlocks.Load() != 0 {
+		t.Fatal("unlocked while CRIU has the task")
+	}
+	close(release)
+	if err := <-trace; err != nil {
+		t.Fatal(err)
+	}
+	l.ends(t)
+	if l.lock.found.Load() {
+		t.Error("not unlocked when CRIU had let go of the task")
+	}
+}
+
+// A client that says that all is over has decided itself.
+func TestClientSaysOver(t *testing.T) {
+	l := newLab(t, Dump, tempDir(t), namespace(t))
+	l.forClient(t)
+	said := make(chan struct{})
+	l.Over = said
+	l.start(t)
+	close(said)
+	l.ends(t)
+	if l.lock.unlocks.Load() != 0 {
+		t.Error("unlocked what the client has kept")
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -14,13 +15,19 @@ import (
 	"github.com/criu-netlock/criu-netlock/netlock"
 )
 
-// Arg is the program's first argument when it is to be a guard.
-const Arg = "guard"
+// Arg is the program's first argument when it is to be a guard, and StartArg when it is
+// to start one and to end: a guard that a long-lived client started would be its child,
+// and dead one day, a zombie.
+const (
+	Arg      = "guard"
+	StartArg = "guard-start"
+)
 
 // The descriptors that a guard is started with; it opens nothing by a pid.
 const (
 	fdCRIU = 3 + iota
 	fdTask
+	fdClient
 	fdNetns
 	fdReady
 	fdEnd
@@ -32,32 +39,55 @@ const FirstFree = fdEnd
 // Start runs exe as a guard: in a session of its own, with none of our descriptors but
 // the Checkpoint's, so that neither CRIU's log nor a terminal waits for it. It returns
 // when the guard is in its place, or after the wait with an error; with a wait of 0 at
-// once. The guard is not to be waited for: it lives on when the hook has ended.
-func Start(exe string, c Checkpoint, env []string, waitReady time.Duration) error {
+// once. The guard is not to be waited for: it lives on when the hook has ended. A client
+// calls over when its checkpoint is; it is never nil.
+func Start(exe string, c Checkpoint, env []string, waitReady time.Duration) (over func(), err error) {
+	over = func() {}
 	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
 	if err != nil {
-		return err
+		return over, err
 	}
 	defer null.Close()
-	var pipe [2]int
-	if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC); err != nil {
-		return err
-	}
-	defer unix.Close(pipe[0])
-	n := null.Fd()
-	pid, _, err := syscall.StartProcess(exe, append([]string{"criu-netlock", Arg}, c.args()...), &syscall.ProcAttr{
-		Dir: "/", Env: env,
-		Files: []uintptr{n, n, n, uintptr(c.CRIUfd), uintptr(c.TaskFD), uintptr(c.NS.FD()), uintptr(pipe[1])},
-		Sys:   &syscall.SysProcAttr{Setsid: true},
-	})
-	unix.Close(pipe[1])
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
-		return fmt.Errorf("start the guard: %w", err)
+		return over, err
+	}
+	files := []uintptr{null.Fd(), null.Fd(), null.Fd()}
+	for _, fd := range []int{c.CRIUfd, c.TaskFD, c.ClientFD, c.NS.FD(), pair[1]} {
+		if fd < 0 {
+			fd = int(null.Fd())
+		}
+		files = append(files, uintptr(fd))
+	}
+	arg := Arg
+	if c.Client != 0 {
+		arg = StartArg
+	}
+	pid, err := run(exe, arg, c.args(), env, files)
+	unix.Close(pair[1])
+	if err != nil {
+		unix.Close(pair[0])
+		return over, err
+	}
+	if c.Client == 0 {
+		defer unix.Close(pair[0])
+	} else {
+		over = sync.OnceFunc(func() {
+			_ = unix.Sendto(pair[0], []byte{1}, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT, nil) // it may have gone
+			unix.Close(pair[0])
+		})
+		go func() {
+			for {
+				if _, err := unix.Wait4(pid, nil, 0, nil); err != unix.EINTR {
+					return // somebody else may have reaped it
+				}
+			}
+		}()
 	}
 	if waitReady == 0 {
-		return nil
+		return over, nil
 	}
-	p := []unix.PollFd{{Fd: int32(pipe[0]), Events: unix.POLLIN}}
+	p := []unix.PollFd{{Fd: int32(pair[0]), Events: unix.POLLIN}}
 	until := time.Now().Add(waitReady)
 	for {
 		k, err := unix.Poll(p, max(0, int(time.Until(until).Milliseconds())))
@@ -65,20 +95,43 @@ func Start(exe string, c Checkpoint, env []string, waitReady time.Duration) erro
 		case errors.Is(err, unix.EINTR):
 			continue
 		case err != nil:
-			return fmt.Errorf("wait for the guard, pid %d: %w", pid, err)
+			return over, fmt.Errorf("wait for the guard: %w", err)
 		case k == 0:
-			return fmt.Errorf("the guard, pid %d, is not ready after %v", pid, waitReady)
+			return over, fmt.Errorf("the guard is not ready after %v", waitReady)
 		}
 		var b [1]byte
-		if n, _ := unix.Read(pipe[0], b[:]); n != 1 {
-			return fmt.Errorf("the guard, pid %d, ended at once: the system log has the reason", pid)
+		if n, _ := unix.Read(pair[0], b[:]); n != 1 {
+			return over, errors.New("the guard ended at once: the system log has the reason")
 		}
-		return nil
+		return over, nil
 	}
 }
 
+func run(exe, arg string, args, env []string, files []uintptr) (int, error) {
+	pid, _, err := syscall.StartProcess(exe, append([]string{"criu-netlock", arg}, args...), &syscall.ProcAttr{
+		Dir: "/", Env: env, Files: files, Sys: &syscall.SysProcAttr{Setsid: true},
+	})
+	if err != nil {
+		return 0, fmt.Errorf("start the guard: %w", err)
+	}
+	return pid, nil
+}
+
+// StartAgain is all that a process does that was started with StartArg.
+func StartAgain(args []string) error {
+	var files []uintptr
+	for fd := uintptr(0); fd < fdEnd; fd++ {
+		files = append(files, fd)
+	}
+	_, err := run("/proc/self/exe", Arg, args, os.Environ(), files)
+	return err
+}
+
 func (c Checkpoint) args() []string {
-	return []string{string(c.Phase), strconv.Itoa(c.CRIU), strconv.Itoa(c.Task), flag(c.WasLocked), flag(c.WasFrozen)}
+	return []string{
+		string(c.Phase), strconv.Itoa(c.CRIU), strconv.Itoa(c.Task), flag(c.WasLocked), flag(c.WasFrozen),
+		strconv.Itoa(c.Client), string(c.Policy),
+	}
 }
 
 func flag(b bool) string {
@@ -88,33 +141,65 @@ func flag(b bool) string {
 	return "no"
 }
 
-// Inherited is the Checkpoint that Start gave this process, and what tells it that
-// the guard is ready.
-func Inherited(args []string) (c Checkpoint, ready func(), err error) {
+// Inherited is the Checkpoint that Start gave this process, what tells it that the guard
+// is ready, and what a client closes.
+func Inherited(args []string) (c Checkpoint, ready func(), over <-chan struct{}, err error) {
 	bad := fmt.Errorf("criu-netlock %s %s: hooks start this, nobody else", Arg, strings.Join(args, " "))
-	if len(args) != 5 {
-		return c, nil, bad
+	if len(args) != 7 {
+		return c, nil, nil, bad
 	}
-	c = Checkpoint{Phase: Phase(args[0]), CRIUfd: fdCRIU, TaskFD: fdTask, WasLocked: args[3] == "yes", WasFrozen: args[4] == "yes"}
+	c = Checkpoint{Phase: Phase(args[0]), CRIUfd: fdCRIU, TaskFD: fdTask, ClientFD: fdClient, WasLocked: args[3] == "yes", WasFrozen: args[4] == "yes", Policy: Policy(args[6])}
 	if c.Phase != Dump && c.Phase != Restore {
-		return c, nil, bad
+		return c, nil, nil, bad
 	}
-	for i, dst := range []*int{&c.CRIU, &c.Task} {
-		if *dst, err = strconv.Atoi(args[1+i]); err != nil || *dst <= 0 {
-			return c, nil, bad
+	for _, n := range []struct {
+		arg string
+		to  *int
+	}{{args[1], &c.CRIU}, {args[2], &c.Task}, {args[5], &c.Client}} {
+		if *n.to, err = strconv.Atoi(n.arg); err != nil || *n.to < 0 {
+			return c, nil, nil, bad
 		}
+	}
+	if c.Task == 0 || c.CRIU == 0 && c.Client == 0 {
+		return c, nil, nil, bad
 	}
 	for fd := fdCRIU; fd < fdEnd; fd++ {
 		if _, err := unix.FcntlInt(uintptr(fd), unix.F_SETFD, unix.FD_CLOEXEC); err != nil {
-			return c, nil, bad
+			return c, nil, nil, bad
 		}
 	}
 	if c.NS, err = netlock.FromFD(fdNetns); err != nil {
-		return c, nil, err
+		return c, nil, nil, err
 	}
 	unix.Close(fdNetns)
+	for _, of := range []struct {
+		pid int
+		fd  *int
+	}{{c.CRIU, &c.CRIUfd}, {c.Client, &c.ClientFD}} {
+		if of.pid == 0 { // /dev/null holds its place
+			unix.Close(*of.fd)
+			*of.fd = -1
+		}
+	}
+	said := make(chan struct{})
 	return c, func() {
-		_, _ = unix.Write(fdReady, []byte{1}) // the hook may have gone
-		unix.Close(fdReady)
-	}, nil
+		_ = unix.Sendto(fdReady, []byte{1}, unix.MSG_NOSIGNAL, nil) // the hook may have gone
+		if c.Client == 0 {
+			unix.Close(fdReady)
+			return
+		}
+		go func() {
+			var b [1]byte
+			for {
+				n, err := unix.Read(fdReady, b[:])
+				switch {
+				case n == 1:
+					close(said)
+					return
+				case err != unix.EINTR: // it has gone, which its pidfd tells too
+					return
+				}
+			}
+		}()
+	}, said, nil
 }

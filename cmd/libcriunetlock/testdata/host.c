@@ -66,7 +66,7 @@ static void load(void)
 
 static criu_netlock_opts dump_of(int pid)
 {
-	return (criu_netlock_opts){ .size = sizeof(criu_netlock_opts), .verb = CRIU_NETLOCK_DUMP, .pid = pid, .leave_running = 1 };
+	return (criu_netlock_opts){ .size = sizeof(criu_netlock_opts), .verb = CRIU_NETLOCK_DUMP, .pid = pid, .leave_running = 1, .guard = "none" };
 }
 
 static void cycle(int pid)
