@@ -68,7 +68,7 @@ lint: deps-go ## gofmt, vet, golangci-lint, go mod tidy and verify
 	@mkdir -p $(CACHE)
 	@[ -x $(CACHE)/golangci-lint-$(lastword $(subst @, ,$(LINT))) ] || \
 	  { GOBIN=$(CACHE)/lint.tmp $(GO) install $(LINT) && mv $(CACHE)/lint.tmp/golangci-lint $(CACHE)/golangci-lint-$(lastword $(subst @, ,$(LINT))); }
-	$(CACHE)/golangci-lint-$(lastword $(subst @, ,$(LINT))) run
+	GOLANGCI_LINT_CACHE=$(CACHE)/lint$(subst /,-,$(CURDIR)) $(CACHE)/golangci-lint-$(lastword $(subst @, ,$(LINT))) run
 
 bench: deps ## measure beside what a user would use instead, as ratios
 	$(GO) run ./e2e/bench
