@@ -6,14 +6,14 @@ import "unsafe"
 
 // entry is where the kernel starts the program: it calls begin, and goes on to Go's own
 // entry if that comes back.
-func entry()
+func entry() //nolint:unused // by the linker
 
 // What entry and begin have between them. begin is called by its variable, which has its
 // address whatever Go's calling convention is.
 var (
 	stack unsafe.Pointer // as the kernel has left it: argc, argv, nil, environment, nil
-	first = begin
-	noG   [1024]byte // stands for the goroutine: the end of its stack is at 0
+	first = begin        //nolint:unused // by entry
+	noG   [1024]byte     //nolint:unused // by entry, in a goroutine's place: the end of its stack is at 0
 )
 
 func begin() {
