@@ -24,6 +24,8 @@ var engines = []struct {
 	// sibling: another container of the namespace, which is not checkpointed, has a
 	// stream of its own.
 	sibling bool
+	// noRetry: after a restore that failed the engine cannot restore again.
+	noRetry bool
 	start   func(context.Context, *testbed.Session) error
 	make    func(testbed.Container) testbed.Engine
 }{
@@ -35,6 +37,10 @@ var engines = []struct {
 	}},
 	{name: "podman pod", setup: "podman", sibling: true, make: func(c testbed.Container) testbed.Engine {
 		return &testbed.Podman{Container: c, Pod: true, Sibling: []string{"stream", strconv.Itoa(siblingPort)}}
+	}},
+	// crun finds the cgroup of the failed restore: write to `devices.deny`: Invalid argument.
+	{name: "podman with crun", setup: "crun", renewed: true, noRetry: true, make: func(c testbed.Container) testbed.Engine {
+		return &testbed.Podman{Container: c, Runtime: "crun"}
 	}},
 	{name: "docker", setup: "docker", renewed: true,
 		start: func(ctx context.Context, s *testbed.Session) error { return s.StartDocker(ctx) },
@@ -90,7 +96,7 @@ func TestEngines(t *testing.T) {
 		t.Run(engine.name, func(t *testing.T) {
 			l, n := openEngine(t, engine.setup, engine.start)
 			for _, c := range cases {
-				if c.engine != "" {
+				if c.engine != "" || engine.noRetry && strings.HasPrefix(c.name, "restore fails") {
 					continue
 				}
 				t.Run(c.name, func(t *testing.T) {

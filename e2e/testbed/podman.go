@@ -24,12 +24,18 @@ type Podman struct {
 	Pod bool
 	// Sibling is the sibling's argv.
 	Sibling []string
+	// Runtime is used in place of runc.
+	Runtime string
 	started bool // and not yet removed
 	running bool
 }
 
 func (e *Podman) podman(ctx context.Context, args ...string) (string, error) {
-	return e.quietly(ctx, append([]string{"podman"}, args...)...)
+	argv := []string{"podman"}
+	if e.Runtime != "" {
+		argv = append(argv, "--runtime", e.Runtime)
+	}
+	return e.quietly(ctx, append(argv, args...)...)
 }
 
 // PID is the container's first process.

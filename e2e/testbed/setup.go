@@ -44,8 +44,11 @@ func (s *Session) ConfigurationFiles() (map[string]string, error) {
 // Relay adds a script that runs after those that Setup has set.
 func (s *Session) Relay(engine, script string) error {
 	name := "runc.conf"
-	if engine == "lxc" {
+	switch engine {
+	case "lxc":
 		name = "default.conf"
+	case "crun":
+		name = "crun.conf"
 	}
 	name = filepath.Join(s.Work, "criu", name)
 	b, err := os.ReadFile(name)

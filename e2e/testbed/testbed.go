@@ -73,14 +73,13 @@ func Default() Recipe {
 func Engines() Recipe {
 	r := Default()
 	r.Name = "engines"
-	r.Packages = append(r.Packages, "ca-certificates", "lxc", "podman", "netavark")
+	r.Packages = append(r.Packages, "ca-certificates", "crun", "libcriu2", "lxc", "podman", "netavark")
 	// Docker 28 cannot restore: its daemon fails before CRIU runs. Trixie's 26 can.
 	r.Older = &Older{"trixie", []string{"docker.io", "docker-cli", "containerd", "tini"}}
 	r.Files = map[string]string{
 		// Of the hierarchies of cgroup v1 LXC needs one, to freeze by.
 		"etc/lxc/lxc.conf": "lxc.cgroup.use = freezer\n",
-		// crun, the default, takes no machine that has both versions of cgroups mounted. Images
-		// and networks are made by the tests, and none is fetched.
+		// Images and networks are made by the tests, and none is fetched.
 		"etc/containers/containers.conf": `[containers]
 log_driver = "none"
 [engine]
