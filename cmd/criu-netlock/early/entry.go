@@ -6,15 +6,17 @@ import "unsafe"
 
 // entry is where the kernel starts the program: it calls begin, and goes on to Go's own
 // entry if that comes back.
-func entry() //nolint:unused // by the linker
+func entry()
 
 // What entry and begin have between them. begin is called by its variable, which has its
 // address whatever Go's calling convention is.
 var (
 	stack unsafe.Pointer // as the kernel has left it: argc, argv, nil, environment, nil
-	first = begin        //nolint:unused // by entry
-	noG   [1024]byte     //nolint:unused // by entry, in a goroutine's place: the end of its stack is at 0
+	first = begin
+	noG   [1024]byte // stands for the goroutine: the end of its stack is at 0
 )
+
+var _, _, _ = entry, &first, &noG // the linker and the assembler use them
 
 func begin() {
 	entered = true
