@@ -45,7 +45,11 @@ var errOnPurpose = errors.New("failed on purpose")
 
 func newRun(t *testing.T, engine, lock string) *run {
 	t.Helper()
-	r := &run{fixture: begin(t, engine, lock, oursPath, relayPath)}
+	scripts := []string{oursPath, relayPath}
+	if lock == bySetup {
+		scripts = nil
+	}
+	r := &run{fixture: begin(t, engine, lock, scripts...)}
 	r.begin()
 	return r
 }
@@ -335,7 +339,7 @@ func want(t *testing.T, got []string, want ...string) {
 
 func TestCheckpoint(t *testing.T) {
 	for _, engine := range []string{"criu", "runc"} {
-		for _, lock := range []string{"skip", "iptables", "nftables"} {
+		for _, lock := range []string{"skip", "iptables", "nftables", bySetup} {
 			for _, c := range cases {
 				if c.engine != "" && c.engine != engine {
 					continue

@@ -190,6 +190,10 @@ type fixture struct {
 
 var idBad = regexp.MustCompile(`[^a-z0-9]+`)
 
+// bySetup is the lock of an engine that nothing is told but by the files in /etc/criu, which
+// the setup command has written.
+const bySetup = "setup"
+
 // begin starts a container with the engine, "criu" or "runc", with CRIU's own lock
 // set as given; "criu-shared" and "runc-shared" put it into CRIU's own namespace. When the test ends, nothing may be left of it.
 func begin(t *testing.T, engine, lock string, scripts ...string) *fixture {
@@ -200,6 +204,22 @@ func begin(t *testing.T, engine, lock string, scripts ...string) *fixture {
 	f := &fixture{t: t, ctx: ctx, l: l, skip: lock == "skip"}
 	// The whole name: all tests of a run share the session and its folders.
 	id := engine + "-" + lock + "-" + strings.Trim(idBad.ReplaceAllString(strings.ToLower(t.Name()), "-"), "-")
+	if lock == bySetup {
+		lock, f.skip = "", true
+		if err := errors.Join(l.Setup(ctx, engine), l.Relay(engine, relayPath)); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			dir := filepath.Join(l.Work, "criu")
+			files, err := l.ConfigurationFiles()
+			for name := range files {
+				err = errors.Join(err, os.Remove(filepath.Join(dir, name)))
+			}
+			if err != nil {
+				t.Error(err)
+			}
+		})
+	}
 	var err error
 	if f.net, err = l.NewNet(ctx, "peer-"+id); err != nil {
 		t.Fatal(err)

@@ -39,7 +39,8 @@ type Container struct {
 	ID string
 	// Scripts are action scripts, in the order in which they are to run.
 	Scripts []string
-	// Lock is CRIU's own lock: "skip", "iptables" or "nftables".
+	// Lock is CRIU's own lock: "skip", "iptables" or "nftables"; empty if that, and the
+	// scripts, are as the files in /etc/criu say.
 	Lock string
 	// Argv is the workload as the session sees it.
 	Argv []string
@@ -206,7 +207,10 @@ func (e *CLI) criu(ctx context.Context, verb string, args ...string) error {
 		client = []string{"criu"}
 	}
 	argv := append(slices.Concat(client, []string{verb, "--images-dir", images, "--work-dir", work, "--log-file", verb + ".log", "-v4",
-		"--tcp-established", "--network-lock", e.Lock}), args...)
+		"--tcp-established"}), args...)
+	if e.Lock != "" {
+		argv = append(argv, "--network-lock", e.Lock)
+	}
 	for _, s := range e.lastFirst() {
 		argv = append(argv, "--action-script", s)
 	}
@@ -400,7 +404,9 @@ func (e *Runc) bundle(ctx context.Context) error {
 		ns["path"] = e.Netns()
 		return e.Shared
 	})
-	spec["annotations"] = map[string]string{"org.criu.config": inside + "/criu.conf"}
+	if e.Lock != "" {
+		spec["annotations"] = map[string]string{"org.criu.config": inside + "/criu.conf"}
+	}
 	if b, err = json.MarshalIndent(spec, "", "  "); err != nil {
 		return err
 	}
@@ -410,6 +416,9 @@ func (e *Runc) bundle(ctx context.Context) error {
 // configure writes what runc cannot say over RPC: the scripts into the file that
 // the annotation names; the network lock where it is safe, in default.conf.
 func (e *Runc) configure() error {
+	if e.Lock == "" {
+		return nil
+	}
 	host, _ := e.dir()
 	var b strings.Builder
 	for _, s := range e.lastFirst() {
@@ -425,7 +434,9 @@ func (e *Runc) runc(ctx context.Context, verb, op string, args ...string) error 
 	if err := e.configure(); err != nil {
 		return err
 	}
-	defer os.Remove(filepath.Join(e.S.Work, "criu/default.conf"))
+	if e.Lock != "" {
+		defer os.Remove(filepath.Join(e.S.Work, "criu/default.conf"))
+	}
 	work, err := e.newWork(op)
 	if err != nil {
 		return err

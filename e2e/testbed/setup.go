@@ -10,7 +10,7 @@ import (
 // Setup makes an engine use criu-netlock, and CRIU no lock of its own, as a user does.
 func (s *Session) Setup(ctx context.Context, engine string) error {
 	args := []string{BinDir + "/criu-netlock", "setup", engine, "--replace-criu-lock", "--yes"}
-	if engine != "lxc" {
+	if engine != "lxc" && engine != "criu" { // these are told on their command lines
 		args = append(args, "--tcp-established")
 	}
 	_, err := s.Run(ctx, args...)
@@ -45,7 +45,7 @@ func (s *Session) ConfigurationFiles() (map[string]string, error) {
 func (s *Session) Relay(engine, script string) error {
 	name := "runc.conf"
 	switch engine {
-	case "lxc":
+	case "criu", "lxc":
 		name = "default.conf"
 	case "crun":
 		name = "crun.conf"
