@@ -119,6 +119,11 @@ func run(exe, arg string, args, env []string, files []uintptr) (int, error) {
 
 // StartAgain is all that a process does that was started with StartArg.
 func StartAgain(args []string) error {
+	// A client's connection to CRIU may be among what we have inherited, and CRIU shall
+	// notice its end.
+	if err := unix.CloseRange(fdEnd, ^uint(0)>>1, unix.CLOSE_RANGE_CLOEXEC); err != nil {
+		return err
+	}
 	var files []uintptr
 	for fd := uintptr(0); fd < fdEnd; fd++ {
 		files = append(files, fd)
