@@ -33,6 +33,8 @@ const (
 	workloadPath = testbed.BinDir + "/workload"
 	// rpcClientPath drives CRIU over RPC, by CRIU's own command line.
 	rpcClientPath = testbed.BinDir + "/rpcclient"
+	// libcriuPath is a C program that does it with the C library.
+	libcriuPath = testbed.BinDir + "/libcriu"
 )
 
 // A lab is what all tests share: one session of the testbed.
@@ -231,6 +233,8 @@ func begin(t *testing.T, engine, lock string, scripts ...string) *fixture {
 		f.e = &testbed.CLI{Container: c}
 	case "go-criu", "swrk", "service":
 		f.e = &testbed.CLI{Container: c, Client: []string{rpcClientPath, engine}}
+	case "libcriu":
+		f.e = &testbed.CLI{Container: c, Client: []string{libcriuPath}}
 	case "criu-shared":
 		f.e = &testbed.CLI{Container: c, Shared: true}
 	case "runc":

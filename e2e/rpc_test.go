@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -19,12 +20,19 @@ import (
 )
 
 // The interfaces over which package criurpc locks.
-var rpcEngines = []string{"go-criu", "swrk", "service"}
+var rpcEngines = []string{"go-criu", "swrk", "service", "libcriu"}
+
+// breaksOff tells whether the client leaves CRIU without an answer after a callback that
+// has failed, so that CRIU can call no hook from there on.
+func breaksOff(engine string) bool { return engine == "go-criu" || engine == "libcriu" }
 
 // newRPCRun is newRun for a program that locks over RPC, without an action script of ours:
 // the one that watches runs after each notification.
 func newRPCRun(t *testing.T, engine, lock string) *run {
 	t.Helper()
+	if engine == "libcriu" {
+		putLibcriu(t)
+	}
 	r := &run{fixture: begin(t, engine, lock, relayPath)}
 	r.begin()
 	return r
@@ -32,7 +40,11 @@ func newRPCRun(t *testing.T, engine, lock string) *run {
 
 // client sets how the program that drives CRIU misbehaves from now on.
 func (r *run) client(engine string, flags ...string) {
-	r.e.(*testbed.CLI).Client = append(append([]string{rpcClientPath}, flags...), engine)
+	client := append([]string{rpcClientPath}, append(flags, engine)...)
+	if engine == "libcriu" {
+		client = append([]string{libcriuPath}, flags...)
+	}
+	r.e.(*testbed.CLI).Client = client
 }
 
 func TestRPC(t *testing.T) {
@@ -88,7 +100,7 @@ func TestRPCRefused(t *testing.T) {
 			if !strings.Contains(err.Error(), "refused on purpose") {
 				t.Errorf("the error has not its cause: %v", err)
 			}
-			if log, err := r.e.Log(); err != nil || strings.Count(log, "action=network-lock ") != 1 || !strings.Contains(log, "err=refused") {
+			if log, err := r.e.Log(); err != nil || strings.Count(log, "action=network-lock ") != 1 || !strings.Contains(log, "err=refused") && !strings.Contains(log, `msg="network-lock failed"`) {
 				t.Errorf("it was not network-lock that failed: %v\n%s", err, ofInterest(log))
 			}
 			r.runsOn()
@@ -141,7 +153,7 @@ func TestRPCCallbackFails(t *testing.T) {
 				r.client(engine, "-fail", hook)
 				r.l.hooks.Handle(nil)
 				err := r.e.Restore(r.ctx)
-				if failed := err != nil; failed != (engine == "go-criu") {
+				if failed := err != nil; failed != breaksOff(engine) {
 					t.Errorf("restore: %v", err)
 				}
 				rules, err := r.l.Rules(r.ctx, fmt.Sprintf("/proc/%d/ns/net", pid)) // restored tasks have the pids they had
@@ -154,6 +166,85 @@ func TestRPCCallbackFails(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// The client is killed at each notification. CRIU goes on to put the tasks back, or to let
+// them run, and the guard unlocks what lives.
+func TestRPCKilled(t *testing.T) {
+	for _, engine := range rpcEngines {
+		for _, hook := range []string{"pre-dump", "network-lock", "post-dump", "network-unlock"} {
+			t.Run(engine+"/dump/"+hook, func(t *testing.T) {
+				r := newRPCRun(t, engine, "skip")
+				r.client(engine, "-kill", hook)
+				r.killed(hook, func() error { return r.e.Dump(r.ctx, hook == "network-unlock") })
+				r.unlocks()
+				r.runsOn()
+				r.client(engine)
+				r.withoutCRIU()
+				r.dump("", true)
+				r.finish()
+			})
+		}
+		for _, hook := range []string{"pre-restore", "setup-namespaces", "post-setup-namespaces", "post-restore"} {
+			t.Run(engine+"/restore/"+hook, func(t *testing.T) {
+				r := newRPCRun(t, engine, "skip")
+				r.dump("", false)
+				r.client(engine, "-kill", hook)
+				r.silence() // until the restore that succeeds
+				r.killed(hook, func() error { return r.e.Restore(r.ctx) })
+				r.withoutCRIU("workload") // CRIU kills what it has restored
+				r.unguarded()
+				r.dead()
+				r.client(engine)
+				r.restore("")
+				r.finish()
+			})
+		}
+		for _, hook := range []string{"network-unlock", "post-resume"} {
+			t.Run(engine+"/restore/"+hook, func(t *testing.T) {
+				r := newRPCRun(t, engine, "skip")
+				pid := r.e.PID()
+				r.dump("", false)
+				r.client(engine, "-kill", hook)
+				r.killed(hook, func() error { return r.e.Restore(r.ctx) })
+				r.withoutCRIU()
+				r.unguarded()
+				rules, err := r.l.Rules(r.ctx, fmt.Sprintf("/proc/%d/ns/net", pid)) // restored tasks have the pids they had
+				if err != nil || rules != r.rules {
+					t.Errorf("the rule set was\n%s\nand is\n%s%v", r.rules, rules, err)
+				}
+				r.flows("after the restore")
+				r.killHalfRestored() // the engine does not know that it lives
+			})
+		}
+	}
+}
+
+// killed runs a dump or restore whose client is killed at a hook.
+func (r *run) killed(hook string, f func() error) {
+	r.t.Helper()
+	err := r.broken(f)
+	log, e := r.e.Log()
+	if e != nil || !strings.Contains(log, "Running "+hook+" scripts") || !strings.Contains(err.Error(), "killed") {
+		r.t.Fatalf("the client was not killed at %s: %v, %v\n%s", hook, err, e, ofInterest(log))
+	}
+}
+
+// withoutCRIU waits until CRIU, and what else is named, has gone.
+func (r *run) withoutCRIU(others ...string) {
+	r.t.Helper()
+	err := testbed.Poll(r.ctx, func() error {
+		ps, err := r.l.Processes()
+		for _, p := range ps {
+			if _, name, _ := strings.Cut(p, " "); name == "criu" || slices.Contains(others, name) {
+				err = errors.Join(err, fmt.Errorf("%s is still there", p))
+			}
+		}
+		return err
+	})
+	if err != nil {
+		r.t.Fatal(err)
 	}
 }
 

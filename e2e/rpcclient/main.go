@@ -2,10 +2,10 @@
 // session of our own over criu swrk, or over criu service. It takes what CRIU's command
 // line takes, so that the tests run it in CRIU's place:
 //
-//	rpcclient [-fail HOOK] [-go HOOK] [-refuse] go-criu|swrk|service dump|restore OPTION…
+//	rpcclient [-fail HOOK] [-kill HOOK] [-go HOOK] [-refuse] go-criu|swrk|service dump|restore OPTION…
 //	rpcclient [-fail HOOK] [-criu PROGRAM] [-deaf] plain dump|restore OPTION…
 //
-// plain is a go-criu program that knows nothing of us.
+// -kill kills it when ours has done its part, but at network-unlock before that. plain is a go-criu program that knows nothing of us.
 // What our part has done it appends to CRIU's log.
 package main
 
@@ -18,7 +18,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
+	"syscall"
 	"time"
 
 	criu "github.com/checkpoint-restore/go-criu/v8"
@@ -36,6 +38,7 @@ var (
 	refuse = flag.Bool("refuse", false, "the backend refuses to lock")
 	path   = flag.String("criu", "criu", "the `program`, for plain")
 	deaf   = flag.Bool("deaf", false, "plain asks for no notifications")
+	killAt = flag.String("kill", "", "the `hook` at which it is killed")
 	goAway = flag.String("go", "", "the `hook` at which the client's context ends")
 )
 
@@ -124,10 +127,36 @@ func parse(verb string, args []string) (*job, error) {
 // refusing is a backend that cannot lock, which shows only when it is to.
 type refusing struct{ netlock.Backend }
 
+// killed is a backend under a program that is killed before it unlocks.
+type killed struct{ netlock.Backend }
+
+func (k killed) Unlock(ctx context.Context, ns *netlock.Namespace, o netlock.Options) (netlock.State, error) {
+	if !trial(ns) {
+		die()
+	}
+	return k.Backend.Unlock(ctx, ns, o)
+}
+
+// trial tells the throwaway namespace of a check.
+func trial(ns *netlock.Namespace) bool { return strings.Contains(ns.String(), "(fd ") }
+
+// die is a kill -KILL.
+func die() {
+	_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
+	select {}
+}
+
+// dies is for the hooks of which ours does not know.
+func dies(hook string) {
+	if hook == *killAt && action.OpOf(action.Name(hook)) == action.Nothing {
+		die()
+	}
+}
+
 var errRefused = errors.New("refused on purpose")
 
 func (r refusing) Lock(ctx context.Context, ns *netlock.Namespace, o netlock.Options) (netlock.Result, error) {
-	if o.Caller.Task != 0 && !strings.Contains(ns.String(), "(fd ") { // but for the trial's namespace
+	if o.Caller.Task != 0 && !trial(ns) {
 		return netlock.Result{}, errRefused
 	}
 	return r.Backend.Lock(ctx, ns, o)
@@ -142,15 +171,21 @@ func run(via, verb string, args []string) error {
 	if *refuse {
 		backend = refusing{backend}
 	}
+	if *killAt == "network-unlock" {
+		backend = killed{backend}
+	}
 	var said strings.Builder
 	done := map[action.Name]bool{}
-	o := criurpc.Options{Locker: netlock.New(backend), Log: func(e criurpc.Entry) {
+	o := criurpc.Options{Locker: netlock.New(backend), Guard: testbed.BinDir + "/criu-netlock", Log: func(e criurpc.Entry) {
+		if string(e.Event.Action) == *killAt {
+			die()
+		}
 		// Once a hook is what the tests count; around a callback setup-namespaces is twice.
 		if name := e.Event.Action; e.Err == nil && done[name] {
 			return
 		}
 		done[e.Event.Action] = true
-		fmt.Fprintf(&said, "rpcclient: action=%s pid=%d netns=%d result=%q took=%v err=%v\n", e.Event.Action, e.Event.PID, e.Report.Netns, e.Report.Result, e.Took, e.Err)
+		fmt.Fprintf(&said, "rpcclient: action=%s pid=%d netns=%d result=%q took=%v err=%v guard_err=%v\n", e.Event.Action, e.Event.PID, e.Report.Netns, e.Report.Result, e.Took, e.Err, e.Unguarded)
 	}}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
@@ -190,8 +225,9 @@ var errOnPurpose = errors.New("the callback has failed on purpose")
 func bySession(ctx context.Context, cancel func(), s *criurpc.Session, j *job, verb string, o criurpc.Options) (pid int, err error) {
 	defer func() { err = errors.Join(err, s.Close()) }()
 	var callback criurpc.Callback
-	if *failAt != "" || *goAway != "" {
+	if *failAt != "" || *goAway != "" || *killAt != "" {
 		callback = func(_ context.Context, n *criurpc.Notification) error {
+			dies(string(n.Action))
 			switch string(n.Action) {
 			case *failAt:
 				return errOnPurpose
@@ -212,6 +248,9 @@ func bySession(ctx context.Context, cancel func(), s *criurpc.Session, j *job, v
 func byService(ctx context.Context, cancel func(), j *job, verb string, o criurpc.Options) (pid int, err error) {
 	socket := filepath.Join(j.work, "service.sock")
 	service := exec.Command("criu", "service", "--address", socket)
+	// The service is to end with us, however that is; what it forked for us is not.
+	runtime.LockOSThread() // whose end the kernel means
+	service.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := service.Start(); err != nil {
 		return 0, err
 	}
@@ -236,6 +275,7 @@ type callbacks struct {
 }
 
 func (c *callbacks) fail(hook string) error {
+	dies(hook)
 	if hook == *failAt {
 		return errOnPurpose
 	}
