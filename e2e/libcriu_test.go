@@ -3,12 +3,15 @@ package e2e
 import (
 	"context"
 	"errors"
+	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
 
+	"github.com/criu-netlock/criu-netlock/e2e/testbed"
 	"github.com/criu-netlock/criu-netlock/netlock/netlocktest"
 )
 
@@ -54,4 +57,50 @@ func (l *lab) compile(ctx context.Context, name, source string, flags ...string)
 		return errors.New("gcc " + strings.Join(args, " ") + ": " + string(out))
 	}
 	return nil
+}
+
+// A thread that is not the program's first can have a checkpoint too.
+func TestLibcriuThread(t *testing.T) {
+	r := newRPCRun(t, "libcriu", "skip")
+	r.client("libcriu", "-thread")
+	r.dump("", false)
+	r.dead()
+	r.restore("")
+	r.finish()
+}
+
+// The program in the documentation is one that works.
+func TestLibcriuExample(t *testing.T) {
+	r := newRPCRun(t, "libcriu", "skip")
+	doc, err := os.ReadFile("../docs/libcriu.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, program, ok := strings.Cut(string(doc), "```c\n")
+	program, _, end := strings.Cut(program, "```\n")
+	if !ok || !end {
+		t.Fatal("docs/libcriu.md has no program")
+	}
+	dir := filepath.Join(r.l.Work, "libcriu-example")
+	source := filepath.Join(t.TempDir(), "checkpoint.c")
+	if err := errors.Join(os.Mkdir(dir, 0o700), os.WriteFile(source, []byte(program), 0o644), r.l.compile(r.ctx, "checkpoint", source)); err != nil {
+		t.Fatal(err)
+	}
+	conf := filepath.Join(r.l.Work, "criu/default.conf")
+	if err := os.WriteFile(conf, []byte("action-script "+relayPath+"\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	defer os.Remove(conf)
+	r.l.hooks.Handle(r.watch)
+	_, err = r.l.RunIn(r.ctx, r.net.Path(), testbed.BinDir+"/checkpoint", "dump", strconv.Itoa(r.e.PID()), testbed.WorkDir+"/libcriu-example")
+	if err = errors.Join(append(r.errs, err)...); err != nil {
+		t.Fatal(err)
+	}
+	var hooks []string
+	for _, h := range r.l.hooks.Seen() {
+		hooks = append(hooks, h.Action)
+	}
+	want(t, hooks, "pre-dump", "network-lock", "post-dump", "network-unlock")
+	r.l.hooks.Handle(nil)
+	r.finish()
 }
