@@ -36,6 +36,7 @@ type Backend struct {
 	now     func() time.Time
 	closer  closer
 	rules   cache
+	notes   notes
 }
 
 // Option changes a Backend.
@@ -453,6 +454,9 @@ func (s *session) lock(text string) (already bool, err error) {
 			return false, err
 		}
 		if intact(was.mine) {
+			if len(was.held) == 0 {
+				s.remember(was.gen, was.mine[0].name, was.mine[0].text)
+			}
 			return true, nil
 		}
 		name, replace, ok := place(was.mine, was.held)
@@ -467,6 +471,9 @@ func (s *session) lock(text string) (already bool, err error) {
 			continue
 		}
 		if len(was.ours) == 0 { // nor did anything come meanwhile
+			if err == nil {
+				s.remember(following(was.gen), name, text)
+			}
 			return false, nil
 		}
 		// Ours is in force. What else bears our name goes now; held tables cannot.
@@ -650,6 +657,9 @@ func (b *Backend) Unlock(ctx context.Context, ns *netlock.Namespace, o netlock.O
 }
 
 func (s *session) unlock() (st netlock.State, err error) {
+	if st, done := s.unlockNoted(); done {
+		return st, nil
+	}
 	reading, cancel := s.readTime()
 	defer cancel()
 	var unread error

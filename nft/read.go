@@ -121,11 +121,7 @@ func exprsText(b []byte) (text string, packets uint64) {
 				out = appendExpr(out, name, data)
 			}
 		case name == "counter":
-			nfnl.Walk(data, func(typ uint16, v []byte) {
-				if typ == unix.NFTA_COUNTER_PACKETS {
-					packets += nfnl.U64(v)
-				}
-			})
+			packets += counted(data)
 			out = append(out, "counter{}"...)
 		default:
 			out = appendExpr(out, name, data)

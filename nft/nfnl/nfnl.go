@@ -79,6 +79,13 @@ func (c *Conn) Take() int {
 	return fd
 }
 
+// Cookie is the number of the socket's network namespace, which no other one has, had or
+// will have until the machine starts anew; Linux tells it since 5.14.
+func (c *Conn) Cookie() (cookie uint64, ok bool) {
+	cookie, err := unix.GetsockoptUint64(c.fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
+	return cookie, err == nil
+}
+
 // Request is one question to nf_tables, or one change of it.
 type Request struct {
 	Cmd    uint8 // unix.NFT_MSG_*

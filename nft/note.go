@@ -1,0 +1,129 @@
+package nft
+
+// What a Backend knows of its own locks. The rule set of a namespace has a generation, which
+// every change raises: an unlock that finds the one that its lock has left need not read
+// what is there, and the kernel itself refuses it (ERESTART) otherwise. It is a hint and
+// nothing more: without it an unlock looks.
+
+import (
+	"context"
+	"slices"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/criu-netlock/criu-netlock/netlock"
+	"github.com/criu-netlock/criu-netlock/nft/nfnl"
+)
+
+// note is a lock that was the only thing under our names at a generation.
+type note struct {
+	gen   uint32
+	name  string
+	allow []netlock.Rule
+	text  string // its comment
+}
+
+// maxNotes bounds them: a lock whose namespace dies is never asked for again.
+const maxNotes = 4096
+
+// notes are by the namespace's cookie, which no other one ever gets.
+type notes struct {
+	mu sync.Mutex
+	of map[uint64]note
+}
+
+func (n *notes) put(cookie uint64, x note) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.of == nil || len(n.of) >= maxNotes {
+		n.of = map[uint64]note{}
+	}
+	n.of[cookie] = x
+}
+
+func (n *notes) take(cookie uint64) (note, bool) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	x, ok := n.of[cookie]
+	delete(n.of, cookie)
+	return x, ok
+}
+
+// remember notes the lock that is in force at gen.
+func (s *session) remember(gen uint32, name, text string) {
+	if cookie, ok := s.conn.Cookie(); ok && gen != 0 {
+		s.b.notes.put(cookie, note{gen, name, s.o.Allow, text})
+	}
+}
+
+// following is the generation that a change leads to.
+func following(gen uint32) uint32 {
+	if gen++; gen == 0 {
+		gen++
+	}
+	return gen
+}
+
+// unlockNoted deletes the lock that this Backend has made and nobody has touched. It is
+// not done if there is anything to say about it: then the lock is to be looked at.
+func (s *session) unlockNoted() (st netlock.State, done bool) {
+	cookie, ok := s.conn.Cookie()
+	if !ok {
+		return st, false
+	}
+	n, ok := s.b.notes.take(cookie)
+	if !ok || !slices.Equal(n.allow, s.o.Allow) {
+		return st, false
+	}
+	st = netlock.State{Backend: Name, Found: true, Locked: true, Intact: true}
+	var err error
+	if st.Since, st.Caller, err = netlock.ParseComment(n.text); err != nil {
+		return st, false
+	}
+	if st.DroppedIn, st.DroppedOut, err = s.dropped(s.ctx, n.name); err != nil {
+		return st, false
+	}
+	err = s.conn.Commit(s.ctx, n.gen, nfnl.Request{Cmd: unix.NFT_MSG_DELTABLE, Family: unix.NFPROTO_INET, Attrs: nfnl.AttrString(nil, unix.NFTA_TABLE_NAME, n.name)})
+	return st, err == nil
+}
+
+// dropped reads the lock's counters.
+func (s *session) dropped(ctx context.Context, table string) (in, out uint64, err error) {
+	ans, err := s.conn.Ask(ctx, nfnl.Request{Cmd: unix.NFT_MSG_GETRULE, Family: unix.NFPROTO_INET, Attrs: nfnl.AttrString(nil, unix.NFTA_RULE_TABLE, table), Dump: true})
+	if err != nil {
+		return 0, 0, err
+	}
+	if ans[0].Errno != 0 {
+		return 0, 0, ans[0].Errno
+	}
+	ingress := chains()[0].name
+	for _, o := range ans[0].Objects {
+		sum := &out
+		nfnl.Walk(o.Attrs, func(typ uint16, b []byte) {
+			switch typ {
+			case unix.NFTA_RULE_CHAIN:
+				if nfnl.Str(b) == ingress {
+					sum = &in
+				}
+			case unix.NFTA_RULE_EXPRESSIONS: // comes behind the chain's name
+				nfnl.Walk(b, func(_ uint16, e []byte) {
+					if name, data, ok := splitExpr(e); ok && name == "counter" {
+						*sum += counted(data)
+					}
+				})
+			}
+		})
+	}
+	return in, out, nil
+}
+
+// counted is a counter's number of packets.
+func counted(data []byte) (packets uint64) {
+	nfnl.Walk(data, func(typ uint16, v []byte) {
+		if typ == unix.NFTA_COUNTER_PACKETS {
+			packets += nfnl.U64(v)
+		}
+	})
+	return packets
+}
