@@ -5,6 +5,8 @@ package main
 import (
 	"context"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/criu-netlock/criu-netlock/cmd/internal/wire"
 	"github.com/criu-netlock/criu-netlock/iptables"
 	"github.com/criu-netlock/criu-netlock/netlock"
@@ -14,13 +16,20 @@ import (
 )
 
 func newLocker(cfg config.Config, caller netlock.Caller, opts ...nft.Option) *netlock.Locker {
-	return wire.Locker(cfg, caller, opts...)
+	return wire.Locker(cfg, caller, nft.New(opts...))
 }
 
 // hookLocker is newLocker for a process that exits at once after unlocking, with CRIU
 // waiting: it must not be the one that waits for the kernel's clean-up.
 func hookLocker(cfg config.Config, caller netlock.Caller) *netlock.Locker {
 	return newLocker(cfg, caller, nft.WithRelease(nfnl.Park))
+}
+
+// stayingLocker is newLocker for a process that stays: it waits for the kernel's clean-up
+// when nobody waits for it, and remembers its locks from one hook to the next.
+func stayingLocker() func(config.Config, netlock.Caller) *netlock.Locker {
+	n := nft.New(nft.WithRelease(func(fd int) { go unix.Close(fd) }))
+	return func(cfg config.Config, caller netlock.Caller) *netlock.Locker { return wire.Locker(cfg, caller, n) }
 }
 
 // variant is one way to lock and no other, for check to try.

@@ -226,9 +226,10 @@ func proxy(args []string) error {
 	unix.Close(pair[1])
 	cfg, cfgErr := loadConfig(config.Path(os.LookupEnv))
 	p := criurpc.Proxy{Client: fdClient, CRIU: pair[0], ClientPID: pids[0], CRIUPID: pids[1]}
+	locker := stayingLocker()
 	p.Begin = func(opts *rpc.CriuOpts) criurpc.Options {
 		o := criurpc.Options{
-			Locker: guardLocker(cfg, netlock.Caller{}), Timeout: cfg.Timeout, OnFailedRestore: guard.Policy(cfg.OnFailedRestore), Refuse: cfgErr,
+			Locker: locker(cfg, netlock.Caller{}), Timeout: cfg.Timeout, OnFailedRestore: guard.Policy(cfg.OnFailedRestore), Refuse: cfgErr,
 		}
 		// Should we be killed, nobody else would end the lock.
 		if o.Guard = "/proc/self/exe"; !cfg.Guard {

@@ -18,7 +18,6 @@ import (
 	"github.com/criu-netlock/criu-netlock/netlock/action"
 	"github.com/criu-netlock/criu-netlock/netlock/config"
 	"github.com/criu-netlock/criu-netlock/netlock/guard"
-	"github.com/criu-netlock/criu-netlock/nft"
 )
 
 // readyTime is how long pre-dump waits for its guard. Nothing is frozen yet.
@@ -115,15 +114,16 @@ func runGuard(args []string) int {
 		caller = c.Client
 	}
 	criu := netlock.CallerOf(caller).For(c.Task)
+	locker := stayingLocker()
 	g := guard.Guard{
 		Checkpoint: c,
-		Locker:     guardLocker(cfg, criu),
+		Locker:     locker(cfg, criu),
 		Default:    guard.Policy(cfg.OnFailedRestore),
 		Over:       over,
 		Deadline:   cfg.GuardTimeout,
 		Log:        log,
 		Hook: func(r guard.Request) guard.Answer {
-			h := hookCall{start: time.Now(), locker: guardLocker, guard: os.Getpid(), lookup: func(key string) (string, bool) {
+			h := hookCall{start: time.Now(), locker: locker, guard: os.Getpid(), lookup: func(key string) (string, bool) {
 				v := map[string]string{
 					action.EnvAction: r.Action, action.EnvInitPID: r.PID, action.EnvImageDir: r.ImageDir, config.EnvPath: r.Config,
 				}[key]
@@ -141,7 +141,7 @@ func runGuard(args []string) int {
 	var kept *netlock.Namespace
 	g.Ready = func() {
 		defer ready()
-		l := guardLocker(cfg, criu)
+		l := locker(cfg, criu)
 		ctx, cancel := context.WithTimeout(context.Background(), cfg.Timeout)
 		defer cancel()
 		if ns, err := netlock.NewThrowaway(); err == nil {
@@ -165,10 +165,4 @@ func runGuard(args []string) int {
 		return netlock.ExitCode(err)
 	}
 	return 0
-}
-
-// guardLocker is newLocker for a process that stays: it waits for the kernel's clean-up
-// when nobody waits for it.
-func guardLocker(cfg config.Config, caller netlock.Caller) *netlock.Locker {
-	return newLocker(cfg, caller, nft.WithRelease(func(fd int) { go unix.Close(fd) }))
 }

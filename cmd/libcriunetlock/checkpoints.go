@@ -49,7 +49,7 @@ func (s *checkpoints) begin(o opts) (uint64, error) {
 	}
 	ro := criurpc.Options{
 		// Nobody waits for the kernel's clean-up after an unlock.
-		Locker:  wire.Locker(cfg, netlock.Caller{}, nft.WithRelease(func(fd int) { go unix.Close(fd) })),
+		Locker:  wire.Locker(cfg, netlock.Caller{}, nft.New(nft.WithRelease(func(fd int) { go unix.Close(fd) }))),
 		Timeout: cfg.Timeout, OnFailedRestore: guard.Policy(cfg.OnFailedRestore), Guard: o.guard,
 	}
 	if !cfg.Guard {

@@ -11,9 +11,8 @@ import (
 
 // Locker is the Locker that a configuration asks for. An explicit backend never falls
 // back; the other one only cleans up what an earlier choice left.
-func Locker(cfg config.Config, caller netlock.Caller, opts ...nft.Option) *netlock.Locker {
+func Locker(cfg config.Config, caller netlock.Caller, n *nft.Backend) *netlock.Locker {
 	l := &netlock.Locker{Options: netlock.Options{Allow: cfg.Allow, Caller: caller}}
-	n := nft.New(opts...)
 	switch cfg.Backend {
 	case config.NFT:
 		l.Backends = []netlock.Backend{n}
