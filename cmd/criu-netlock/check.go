@@ -314,6 +314,8 @@ func (k *checker) criu() criuVersion {
 		k.fail(netlock.KindInput, "CRIU", "install 3.19 or newer", "%s, %s: too old for action scripts as they are run today", p, out)
 	case v.below(3, 19):
 		k.warn("CRIU", "use 3.19 or newer with runc, crun, podman, Docker and for network-lock skip; with LXC and by hand this one will do", "%s, %s: action scripts from a file do not work with RPC clients", p, out)
+	case inPlace() == p:
+		k.ok("CRIU", "%s, which is criu-netlock in CRIU's place: %s", p, out)
 	default:
 		k.ok("CRIU", "%s, %s", p, out)
 	}
@@ -391,7 +393,7 @@ func anyOurs(scripts []script) bool {
 
 // scripts judges the action scripts, in the order in which CRIU was given them.
 func (k *checker) scripts(scripts []script, v criuVersion) {
-	if !anyOurs(scripts) {
+	if !anyOurs(scripts) && inPlace() == "" {
 		k.warn("action-script", "add a line action-script /usr/local/sbin/criu-netlock, unless the engine is given it another way (criu --action-script, lxc-checkpoint -A)", "no configuration file of CRIU's names criu-netlock")
 	}
 	for i, s := range scripts {

@@ -205,7 +205,8 @@ func (c *cli) root() *cobra.Command {
 		Long: "Write into CRIU's configuration what makes an engine call criu-netlock, after showing the\n" +
 			"change. Engines: criu and lxc (/etc/criu/default.conf), runc, podman and docker\n" +
 			"(/etc/criu/runc.conf), crun (/etc/criu/crun.conf). Twice is the same as once; --undo gives\n" +
-			"the file back as it was.",
+			"the file back as it was. With --as-criu the hooks are no processes, and any CRIU will do:\n" +
+			"criu-netlock stands between CRIU and the engine.",
 		Example:           "  criu-netlock setup docker --tcp-established\n  criu-netlock setup --undo docker",
 		RunE:              func(_ *cobra.Command, args []string) error { c.ran = true; return c.setup(args) },
 		ValidArgsFunction: cobra.FixedCompletions(setup.Names(), cobra.ShellCompDirectiveNoFileComp),
@@ -217,6 +218,8 @@ func (c *cli) root() *cobra.Command {
 	f.BoolVar(&c.setupFlags.yes, "yes", false, "do not ask")
 	f.BoolVar(&c.setupFlags.tcpEstablished, "tcp-established", false, "let CRIU dump and restore live TCP connections (runc, crun, podman, docker)")
 	f.BoolVar(&c.setupFlags.replaceLock, "replace-criu-lock", false, "turn CRIU's own lock off, in /etc/criu/default.conf (CRIU 3.19 or newer)")
+	f.StringVar(&c.setupFlags.asCRIU, "as-criu", "", "in place of the action script, put criu-netlock in CRIU's place: a link `PATH`, "+defaultLink+" if none is given (runc, crun, podman, docker)")
+	f.Lookup("as-criu").NoOptDefVal = defaultLink
 	f.StringVar(&c.setupFlags.program, "program", "", "the `PATH` of criu-netlock to write (default: of this program)")
 	f.StringVar(&c.setupFlags.root, "root", "/", "work below this `FOLDER`, for tests")
 	_ = f.MarkHidden("root") // an error means that there is no such flag

@@ -22,7 +22,7 @@ import (
 type setupFlags struct {
 	undo, dryRun, yes           bool
 	tcpEstablished, replaceLock bool
-	program, root               string
+	asCRIU, program, root       string
 }
 
 func (c *cli) setup(args []string) error {
@@ -34,10 +34,17 @@ func (c *cli) setup(args []string) error {
 	switch {
 	case err != nil:
 		return inputError("%v", err)
-	case f.undo && (f.tcpEstablished || f.replaceLock || f.program != ""):
+	case f.undo && (f.tcpEstablished || f.replaceLock || f.asCRIU != "" || f.program != ""):
 		return inputError("--undo takes back all that setup %s wrote: give no other option of it", e.Name)
 	case f.tcpEstablished && !e.RPC:
 		return inputError("--tcp-established is for runc, crun, podman and docker: %s is given it on its command line", e.Name)
+	}
+	switch {
+	case f.asCRIU == "":
+	case !e.RPC:
+		return inputError("--as-criu is for runc, crun, podman and docker, which talk to criu swrk: what %s runs goes to CRIU unchanged", e.Name)
+	case !filepath.IsAbs(f.asCRIU) || filepath.Base(f.asCRIU) != criuName || strings.ContainsAny(f.asCRIU, " \t\r\n,()"):
+		return inputError("--as-criu: %.80q is not an absolute path that ends in /criu", f.asCRIU)
 	}
 	// network-lock in a file that is read over RPC crashes CRIU 3.16 to 4.2.
 	paths := []string{e.File}
@@ -55,7 +62,7 @@ func (c *cli) setup(args []string) error {
 	if f.undo {
 		return c.undoSetup(e, files)
 	}
-	w := setup.Want{Engine: e.Name, Program: f.program, Script: true, TCPEstablished: f.tcpEstablished, ReplaceLock: f.replaceLock}
+	w := setup.Want{Engine: e.Name, Program: f.program, Script: f.asCRIU == "", TCPEstablished: f.tcpEstablished, ReplaceLock: f.replaceLock}
 	if w.Program == "" {
 		if w.Program, err = os.Executable(); err != nil {
 			return setupError(netlock.KindOther, err)
@@ -70,8 +77,29 @@ func (c *cli) setup(args []string) error {
 		return err
 	}
 	var changes []change
+	var link change
+	if f.asCRIU != "" {
+		links, err := setup.Links(files[0].Text)
+		if l := links[e.Name]; err == nil && l != "" && l != f.asCRIU {
+			err = fmt.Errorf("%s was set up with --as-criu=%s: run setup --undo %s first", e.Name, l, e.Name)
+		}
+		record := false
+		if err == nil {
+			link, record, err = c.makeLink(f.asCRIU, w.Program)
+		}
+		if err != nil {
+			return inputError("%v", err)
+		}
+		if record {
+			w.Link = f.asCRIU
+		}
+		notes = append(notes, c.linkNotes(f.asCRIU)...)
+	}
 	for i, file := range files {
 		one := w
+		if i > 0 {
+			one.Link = ""
+		}
 		if e.RPC {
 			one.ReplaceLock = i > 0
 			one.Script, one.TCPEstablished = w.Script && i == 0, w.TCPEstablished && i == 0
@@ -82,9 +110,10 @@ func (c *cli) setup(args []string) error {
 		if err != nil {
 			return inputError("%s: %v", file.Path, err)
 		}
-		changes = append(changes, change{file, after, func() error { return file.Write(after) }})
+		changes = append(changes, fileChange(file, after, func() error { return file.Write(after) }))
 	}
-	return c.apply(e, changes, notes)
+	// The link comes last: the file says whose it is.
+	return c.apply(e, append(changes, link), notes)
 }
 
 // aliases are the other names by which CRIU's files call the program: links to it.
@@ -113,21 +142,29 @@ func (c *cli) suits(e setup.Engine, w *setup.Want) (notes []string, err error) {
 	v := (&checker{}).criu()
 	note := func(format string, a ...any) { notes = append(notes, fmt.Sprintf(format, a...)) }
 	switch {
+	case !v.known() && c.setupFlags.asCRIU != "":
 	case !v.known():
 		note("no CRIU was found whose version could be asked; 3.19 or newer is needed for this")
-	case e.RPC && v.below(3, 19):
-		return nil, inputError("CRIU %d.%d does not run action scripts of a file for %s: use 3.19 or newer, or a client that locks by RPC notifications (package netlock/action)", v.major, v.minor, e.Name)
+	case w.Script && e.RPC && v.below(3, 19):
+		return nil, inputError("CRIU %d.%d does not run action scripts of a file for %s: use 3.19 or newer, or --as-criu", v.major, v.minor, e.Name)
 	case w.ReplaceLock && v.below(3, 19):
 		return nil, inputError("CRIU %d.%d does not know network-lock skip: use 3.19 or newer, or leave --replace-criu-lock out", v.major, v.minor)
 	}
-	if e.RPC {
+	switch {
+	case e.RPC && !w.Script:
+		for _, path := range []string{setup.DefaultConf, e.File} {
+			if hasOption(filepath.Join(c.setupFlags.root, path), "action-script", append(w.Aliases, w.Program)...) {
+				note("%s names the program too: each hook runs besides, which is sound but slower", path)
+			}
+		}
+	case e.RPC:
 		// CRIU reads default.conf for every client, and a script that stands there too would
 		// run twice at each hook.
 		if hasOption(filepath.Join(c.setupFlags.root, setup.DefaultConf), "action-script", append(w.Aliases, w.Program)...) {
 			w.Script = false
 			note("%s names the program already, and CRIU reads that for %s too", setup.DefaultConf, e.Name)
 		}
-	} else {
+	default:
 		for _, path := range []string{setup.RuncConf, setup.CrunConf} {
 			if hasOption(filepath.Join(c.setupFlags.root, path), "action-script", append(w.Aliases, w.Program)...) {
 				note("%s names the program too: each hook runs twice there, which is sound but slower; criu-netlock setup --undo takes it out", path)
@@ -165,27 +202,41 @@ func experimental(path string) bool {
 
 func (c *cli) undoSetup(e setup.Engine, files []setup.File) error {
 	var changes []change
+	links, err := setup.Links(files[0].Text)
+	if err != nil {
+		return inputError("%s: %v", files[0].Path, err)
+	}
+	if l := links[e.Name]; l != "" {
+		ch, err := c.removeLink(l, e.Name)
+		if err != nil {
+			return inputError("%v", err)
+		}
+		changes = append(changes, ch)
+	}
 	for i := len(files) - 1; i >= 0; i-- { // the folder was made for the first
 		file := files[i]
 		after, made, err := setup.Remove(file.Text, e.Name)
 		if err != nil {
 			return inputError("%s: %v", file.Path, err)
 		}
-		changes = append(changes, change{file, after, func() error {
+		changes = append(changes, fileChange(file, after, func() error {
 			if made.File {
 				return file.Delete(made)
 			}
 			return file.Write(after)
-		}})
+		}))
 	}
 	return c.apply(e, changes, nil)
 }
 
-// change is what becomes of one file.
+// change is what becomes of one file, or of the link; nothing, if it has no diff.
 type change struct {
-	file  setup.File
-	after string
-	do    func() error
+	path, diff string
+	do         func() error
+}
+
+func fileChange(f setup.File, after string, do func() error) change {
+	return change{f.Path, setup.Diff(f.Path, f.Text, after), do}
 }
 
 // apply shows the changes, asks, makes them, and says what follows.
@@ -196,7 +247,7 @@ func (c *cli) apply(e setup.Engine, changes []change, notes []string) error {
 		said += "note: " + n + "\n"
 	}
 	for _, ch := range changes {
-		diff += setup.Diff(ch.file.Path, ch.file.Text, ch.after)
+		diff += ch.diff
 	}
 	switch {
 	case diff == "" && f.undo:
@@ -219,13 +270,13 @@ func (c *cli) apply(e setup.Engine, changes []change, notes []string) error {
 		done = "undone"
 	}
 	for _, ch := range changes {
-		if ch.after == ch.file.Text {
+		if ch.diff == "" {
 			continue
 		}
 		if err := ch.do(); err != nil {
 			return setupError(netlock.KindOther, err)
 		}
-		if err := printText(ch.file.Path + ": " + done + "\n"); err != nil {
+		if err := printText(ch.path + ": " + done + "\n"); err != nil {
 			return err
 		}
 	}

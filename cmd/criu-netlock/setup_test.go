@@ -196,6 +196,127 @@ func TestCheckEngines(t *testing.T) {
 	}
 }
 
+// In CRIU's place: one link, for as many engines as want it.
+func TestSetupAsCRIU(t *testing.T) {
+	m := newMachine(t, "3.11") // any will do
+	link := filepath.Join(m.root, defaultLink)
+	if err := os.MkdirAll(filepath.Dir(link), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	is := func(want string) {
+		t.Helper()
+		if got, _ := os.Readlink(link); got != want {
+			t.Fatalf("the link leads to %q, want %q", got, want)
+		}
+	}
+	m.setup(t, "runc", "--as-criu", "--dry-run").want(t, 0, "+link "+link+" -> "+program, "+# BEGIN criu-netlock setup: runc=as-criu="+defaultLink)
+	is("")
+	m.setup(t, "runc", "--as-criu", "--yes").want(t, 0, "+link ", "written", m.path+"/criu comes before")
+	is(program)
+	if got := m.read(t, "runc.conf"); strings.Contains(got, "\naction-script") {
+		t.Errorf("runc.conf:\n%s", got)
+	}
+	once := m.read(t, "runc.conf")
+	m.setup(t, "runc", "--as-criu", "--yes").want(t, 0, "nothing to change")
+	if m.read(t, "runc.conf") != once {
+		t.Error("twice is not the same as once")
+	}
+	m.setup(t, "docker", "--as-criu", "--tcp-established", "--yes").want(t, 0)
+	m.setup(t, "crun", "--as-criu", "--yes").want(t, 0)
+	m.setup(t, "runc", "--as-criu=/opt/criu", "--yes").oneError(t, 2, "setup --undo runc")
+	for _, engine := range []string{"crun", "runc"} {
+		if r := m.setup(t, "--undo", engine, "--yes").want(t, 0, "undone"); strings.Contains(r.stdout, "-link") {
+			t.Errorf("%v", r)
+		}
+		is(program) // docker's
+	}
+	m.setup(t, "--undo", "docker", "--yes").want(t, 0, "-link "+link, "undone")
+	is("")
+	if left, _ := os.ReadDir(m.root + "/etc"); len(left) != 0 {
+		t.Errorf("left: %v", left)
+	}
+
+	// The program has moved.
+	m.setup(t, "runc", "--as-criu", "--yes").want(t, 0)
+	if err := errors.Join(os.Remove(link), os.Symlink("/gone/criu-netlock", link)); err != nil {
+		t.Fatal(err)
+	}
+	m.setup(t, "runc", "--as-criu", "--yes").want(t, 0, "-link "+link+" -> /gone/criu-netlock", "+link ")
+	is(program)
+	// Somebody else's by now.
+	if err := errors.Join(os.Remove(link), os.WriteFile(link, nil, 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	m.setup(t, "--undo", "runc", "--yes").oneError(t, 2, link, "no longer the link")
+	if m.read(t, "runc.conf") != once {
+		t.Error("half undone")
+	}
+	if err := os.Remove(link); err != nil {
+		t.Fatal(err)
+	}
+	m.setup(t, "--undo", "runc", "--yes").want(t, 0, "undone")
+}
+
+// What is not setup's is neither replaced nor removed.
+func TestSetupAsCRIURefuses(t *testing.T) {
+	for name, make := range map[string]func(string) error{
+		"a program":    func(p string) error { return os.WriteFile(p, nil, 0o755) },
+		"a folder":     func(p string) error { return os.Mkdir(p, 0o755) },
+		"another link": func(p string) error { return os.Symlink("/usr/sbin/criu", p) },
+		"a lost link":  func(p string) error { return os.Symlink("/nowhere/criu-netlock", p) },
+	} {
+		m := newMachine(t, "4.2")
+		link := filepath.Join(m.root, defaultLink)
+		if err := errors.Join(os.MkdirAll(filepath.Dir(link), 0o755), make(link)); err != nil {
+			t.Fatal(err)
+		}
+		before, err := os.Lstat(link)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if m.setup(t, "runc", "--as-criu", "--yes").oneError(t, 2, link); t.Failed() {
+			t.Fatal(name)
+		}
+		if after, err := os.Lstat(link); err != nil || !os.SameFile(before, after) {
+			t.Errorf("%s: replaced", name)
+		}
+		if left, _ := os.ReadDir(m.root + "/etc"); len(left) != 0 {
+			t.Errorf("%s: left: %v", name, left)
+		}
+	}
+	m := newMachine(t, "4.2")
+	link := filepath.Join(m.root, defaultLink)
+	if err := errors.Join(os.MkdirAll(filepath.Dir(link), 0o755), os.Symlink(program, link)); err != nil {
+		t.Fatal(err)
+	}
+	m.setup(t, "runc", "--as-criu", "--yes").want(t, 0, "nothing to change") // made by hand
+	m.setup(t, "--undo", "runc", "--yes").want(t, 0, "nothing of")
+	if _, err := os.Lstat(link); err != nil {
+		t.Error(err)
+	}
+	for _, args := range [][]string{{"lxc", "--as-criu"}, {"criu", "--as-criu"}, {"runc", "--as-criu=criu"}, {"runc", "--as-criu=/opt/other"}, {"runc", "--as-criu=/a b/criu"}, {"runc", "--as-criu", "--undo"}} {
+		m.setup(t, append(args, "--yes")...).oneError(t, 2)
+	}
+}
+
+// check says who is found under the name of criu.
+func TestCheckAsCRIU(t *testing.T) {
+	m := newMachine(t, "4.2")
+	m.write(t, m.path+"/runc", "#!/bin/sh\n", 0o755)
+	first := filepath.Join(m.root, "first")
+	if err := os.Mkdir(first, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	const script = `mount -t tmpfs tmpfs /etc/criu 2>/dev/null || { mount -t tmpfs tmpfs /etc && mkdir /etc/criu; }
+"$P" setup runc --as-criu="$F/criu" --yes >/dev/null || exit 99; "$P" check; rm "$F/criu"; exec "$P" check`
+	r := execute(t, []string{"PATH=" + first + ":" + m.path + ":/usr/sbin:/usr/bin:/sbin:/bin", "P=" + program, "F=" + first}, "unshare", "-m", "sh", "-c", script)
+	for _, want := range []string{"CRIU: " + first + "/criu, which is criu-netlock in CRIU's place: Version: 4.2", "runc: calls criu-netlock, by " + first + "/criu, in CRIU's place", "runc: was set up with criu-netlock as " + first + "/criu, which is not the criu in PATH"} {
+		if !strings.Contains(r.stdout, want) {
+			t.Errorf("%q is wanted: %v", want, r)
+		}
+	}
+}
+
 // Other scripts stay, and ours is given last, so that it runs first.
 func TestSetupRunsFirst(t *testing.T) {
 	m := newMachine(t, "4.2")

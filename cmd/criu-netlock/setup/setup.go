@@ -68,6 +68,9 @@ const (
 	networkLock    = "network-lock"
 )
 
+// asCRIU is an option that stands in the first line alone: the link that was made.
+const asCRIU = "as-criu="
+
 // Want is what is to stand in a file for an engine.
 type Want struct {
 	Engine  string
@@ -77,6 +80,8 @@ type Want struct {
 	Script         bool
 	TCPEstablished bool
 	ReplaceLock    bool // network-lock skip
+	// Link is a link to the program, by the name of criu, that belongs to the engine.
+	Link string
 }
 
 // Made is what has to be made before the file can be written.
@@ -207,6 +212,9 @@ func Apply(text string, w Want, made Made) (string, error) {
 			opts = append(opts, o.name)
 		}
 	}
+	if w.Link != "" {
+		opts = append(opts, asCRIU+w.Link)
+	}
 	if b == nil {
 		if len(opts) == 0 {
 			return text, nil
@@ -239,6 +247,23 @@ func Apply(text string, w Want, made Made) (string, error) {
 		b.program = w.Program
 	}
 	return text[:b.from] + b.String() + text[b.from+b.n:], nil
+}
+
+// Links are the links that a text says were made, by the engines they were made for.
+func Links(text string) (map[string]string, error) {
+	b, err := find(text)
+	if err != nil || b == nil {
+		return nil, err
+	}
+	links := map[string]string{}
+	for engine, opts := range b.options {
+		for _, o := range opts {
+			if l, ok := strings.CutPrefix(o, asCRIU); ok {
+				links[engine] = l
+			}
+		}
+	}
+	return links, nil
 }
 
 // Has tells whether a text has an option, with one of the values if any are given.

@@ -21,6 +21,8 @@ func want(engine string, more ...string) Want {
 			w.TCPEstablished = true
 		case networkLock:
 			w.ReplaceLock = true
+		case asCRIU:
+			w.Link, w.Script = "/usr/local/sbin/criu", false
 		}
 	}
 	return w
@@ -99,6 +101,27 @@ tcp-established
 `
 	if got != want {
 		t.Errorf("%s\nwant\n%s", got, want)
+	}
+}
+
+// A link stands in the first line alone.
+func TestLinks(t *testing.T) {
+	const text = "file-locks\n"
+	one := apply(t, text, want("runc", asCRIU), Made{})
+	const golden = text + "# BEGIN criu-netlock setup: runc=as-criu=/usr/local/sbin/criu\n# END criu-netlock setup\n"
+	if one != golden || apply(t, one, want("runc", asCRIU), Made{}) != one {
+		t.Errorf("%s", one)
+	}
+	two := apply(t, one, want("docker", asCRIU, tcpEstablished), Made{})
+	got, err := Links(two)
+	if want := map[string]string{"runc": "/usr/local/sbin/criu", "docker": "/usr/local/sbin/criu"}; err != nil || !reflect.DeepEqual(got, want) {
+		t.Errorf("%v, %v", got, err)
+	}
+	if back, _, err := Remove(two, "docker"); err != nil || back != one {
+		t.Errorf("without docker:\n%s%v", back, err)
+	}
+	if got, err := Links(text); err != nil || len(got) != 0 {
+		t.Errorf("%v, %v", got, err)
 	}
 }
 
