@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"maps"
+	"os"
 	"strconv"
 	"strings"
 	"testing"
@@ -14,8 +15,8 @@ import (
 	"github.com/criu-netlock/criu-netlock/netlock/netlocktest"
 )
 
-// engines are those that have a root and a session of their own.
-var engines = []struct {
+// engine is one that has a root and a session of its own.
+type engine struct {
 	name  string
 	setup string // the engine's name for Setup
 	// renewed: a checkpoint that stops the container ends its namespace, a restore
@@ -28,7 +29,9 @@ var engines = []struct {
 	noRetry bool
 	start   func(context.Context, *testbed.Session) error
 	make    func(testbed.Container) testbed.Engine
-}{
+}
+
+var engines = []engine{
 	{name: "lxc", setup: "lxc", make: func(c testbed.Container) testbed.Engine {
 		return &testbed.LXC{Container: c}
 	}},
@@ -53,8 +56,9 @@ var engines = []struct {
 // siblingPort is where the sibling in a pod has its streams.
 const siblingPort = 7001
 
-// openEngine opens a session for one engine, with a bridge and a peer.
-func openEngine(t *testing.T, setup string, start func(context.Context, *testbed.Session) error) (*lab, *testbed.Net) {
+// openEngine opens a session for one engine, with a bridge and a peer, set up with more
+// flags.
+func openEngine(t *testing.T, setup string, start func(context.Context, *testbed.Session) error, flags ...string) (*lab, *testbed.Net) {
 	t.Helper()
 	netlocktest.Need(t, testbed.Tools...)
 	host := machine()
@@ -74,16 +78,23 @@ func openEngine(t *testing.T, setup string, start func(context.Context, *testbed
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { n.Peer.Close() }) // the rest goes with the session
+	if len(flags) > 0 {
+		// The session's root is read-only, and its daemons have their PATH from the start.
+		_, err = l.Run(ctx, "mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", "/usr/local/sbin")
+	}
 	if start != nil {
-		err = start(ctx, l.Session)
+		err = errors.Join(err, start(ctx, l.Session))
 	}
 	// Set up and undone is as it was.
 	before, e := l.ConfigurationFiles()
-	err = errors.Join(err, e, l.Setup(ctx, setup), l.Undo(ctx, setup))
+	err = errors.Join(err, e, l.Setup(ctx, setup, flags...), l.Undo(ctx, setup))
 	if after, e := l.ConfigurationFiles(); e != nil || !maps.Equal(before, after) {
 		t.Errorf("/etc/criu was %q and is %q, %v", before, after, e)
 	}
-	if err := errors.Join(err, l.Setup(ctx, setup), l.Relay(setup, relayPath), l.rest()); err != nil {
+	if _, e := os.Lstat(l.Path("/usr/local/sbin/criu")); !errors.Is(e, os.ErrNotExist) {
+		t.Errorf("the link: %v", e)
+	}
+	if err := errors.Join(err, l.Setup(ctx, setup, flags...), l.Relay(setup, relayPath), l.rest()); err != nil {
 		t.Fatal(err)
 	}
 	return l, n
@@ -92,32 +103,51 @@ func openEngine(t *testing.T, setup string, start func(context.Context, *testbed
 // TestEngines is TestCheckpoint with the engines that people use: nothing of theirs
 // is replaced, neither their networks nor their calls of CRIU.
 func TestEngines(t *testing.T) {
-	for _, engine := range engines {
-		t.Run(engine.name, func(t *testing.T) {
-			l, n := openEngine(t, engine.setup, engine.start)
-			for _, c := range cases {
-				if c.engine != "" || engine.noRetry && strings.HasPrefix(c.name, "restore fails") {
-					continue
-				}
-				t.Run(c.name, func(t *testing.T) {
-					ctx, cancel := context.WithTimeout(t.Context(), 40*time.Second)
-					t.Cleanup(cancel)
-					f := &fixture{t: t, ctx: ctx, l: l, net: n, skip: true}
-					_, id, _ := strings.Cut(t.Name(), "/")
-					f.e = engine.make(testbed.Container{S: l.Session, Net: n, Hooks: l.hooks, Argv: []string{workloadPath},
-						ID: strings.Trim(idBad.ReplaceAllString(strings.ToLower(id), "-"), "-")})
-					f.start(func(context.Context) error { return nil })
-					r := &run{fixture: f, renewed: engine.renewed}
-					r.begin()
-					if engine.sibling {
-						// It waits while the other is away, and loses nothing.
-						r.streams["sibling"] = traffic.Start(r.dial("tcp4", siblingPort))
-						r.flows("before, with the sibling")
-					}
-					c.run(r)
-					r.finish()
-				})
-			}
+	for _, e := range engines {
+		t.Run(e.name, func(t *testing.T) { e.test(t) })
+	}
+}
+
+// The same with criu-netlock in CRIU's place, as setup --as-criu puts it there.
+func TestEnginesInCRIUsPlace(t *testing.T) {
+	for _, e := range engines {
+		if e.setup == "lxc" { // it runs CRIU's command line
+			continue
+		}
+		t.Run(e.name, func(t *testing.T) { e.test(t, "--as-criu") })
+	}
+}
+
+func (e engine) test(t *testing.T, flags ...string) {
+	l, n := openEngine(t, e.setup, e.start, flags...)
+	for _, c := range cases {
+		if c.engine != "" || e.noRetry && strings.HasPrefix(c.name, "restore fails") {
+			continue
+		}
+		t.Run(c.name, func(t *testing.T) {
+			r := e.run(t, l, n)
+			c.run(r)
+			r.finish()
 		})
 	}
+}
+
+// run is a container with live connections.
+func (e engine) run(t *testing.T, l *lab, n *testbed.Net) *run {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 40*time.Second)
+	t.Cleanup(cancel)
+	f := &fixture{t: t, ctx: ctx, l: l, net: n, skip: true}
+	_, id, _ := strings.Cut(t.Name(), "/")
+	f.e = e.make(testbed.Container{S: l.Session, Net: n, Hooks: l.hooks, Argv: []string{workloadPath},
+		ID: strings.Trim(idBad.ReplaceAllString(strings.ToLower(id), "-"), "-")})
+	f.start(func(context.Context) error { return nil })
+	r := &run{fixture: f, renewed: e.renewed}
+	r.begin()
+	if e.sibling {
+		// It waits while the other is away, and loses nothing.
+		r.streams["sibling"] = traffic.Start(r.dial("tcp4", siblingPort))
+		r.flows("before, with the sibling")
+	}
+	return r
 }

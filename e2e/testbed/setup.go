@@ -8,8 +8,8 @@ import (
 )
 
 // Setup makes an engine use criu-netlock, and CRIU no lock of its own, as a user does.
-func (s *Session) Setup(ctx context.Context, engine string) error {
-	args := []string{BinDir + "/criu-netlock", "setup", engine, "--replace-criu-lock", "--yes"}
+func (s *Session) Setup(ctx context.Context, engine string, flags ...string) error {
+	args := append([]string{BinDir + "/criu-netlock", "setup", engine, "--replace-criu-lock", "--yes"}, flags...)
 	if engine != "lxc" && engine != "criu" { // these are told on their command lines
 		args = append(args, "--tcp-established")
 	}
