@@ -25,7 +25,7 @@ LIBFLAGS := -tags clibrary -trimpath -ldflags "-s -w -X runtime.godebugDefault=a
   -extld $(CURDIR)/cmd/libcriunetlock/link.sh -extldflags '-Wl,-soname,libcriunetlock.so -Wl,-z,defs -Wl,--version-script=$(CURDIR)/cmd/libcriunetlock/exports.map'"
 LIBDIR   ?= bin
 
-.PHONY: help build install lib install-lib test lint bench demo deps fuzz clean
+.PHONY: help build install lib install-lib test lint bench faults demo deps fuzz clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -72,6 +72,11 @@ lint: deps-go ## gofmt, vet, golangci-lint, go mod tidy and verify
 
 bench: deps ## measure beside what a user would use instead, as ratios
 	$(GO) run ./e2e/bench
+
+# Killed, refused and robbed at every point there is, instead of the few of `make test`.
+faults: export CI = true
+faults: deps ## try every fault that can be counted, and print how many there were
+	$(GO) test -v -count=1 -parallel 3 -timeout 60m ./e2e/faults -faults.all
 
 demo: deps ## checkpoint and restore a container with a live connection
 	$(GO) run ./e2e/demo

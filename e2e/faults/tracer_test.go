@@ -1,0 +1,253 @@
+package faults
+
+// A tracer that follows a process and spoils one of its system calls.
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// point is a place in the run of a process: the nth time that any of its threads makes
+// a system call. It is counted over all threads, so that it is one place.
+type point struct {
+	nr, nth int
+	// errno is what the call answers instead of being made; 0 stands for SIGKILL,
+	errno unix.Errno
+	// before the call begins or, if done, when the kernel has finished it.
+	done bool
+}
+
+func (p point) String() string {
+	what, when := "SIGKILL", ""
+	if p.errno != 0 {
+		what = unix.ErrnoName(p.errno)
+	}
+	if p.done {
+		when = ", done"
+	}
+	return fmt.Sprintf("%s at %s %d%s", what, callName(p.nr), p.nth, when)
+}
+
+// trace is the run of a process under the tracer.
+type trace struct {
+	point point
+	// started is how many processes the traced one starts before the one that counts; 0 for
+	// the program that it becomes itself by its next exec.
+	started int
+	// running: the process is traced as it runs, and no exec is waited for.
+	running bool
+
+	// What came of it, to be read after wait.
+	hit    bool
+	counts map[int]int // calls by number
+	pid    int         // of the process that counted
+
+	ended chan error
+}
+
+// points are all the places that the run came by.
+func (tr *trace) points() (out []point) {
+	for _, nr := range slices.Sorted(maps.Keys(tr.counts)) {
+		for n := range tr.counts[nr] {
+			out = append(out, point{nr: nr, nth: n + 1})
+		}
+	}
+	return out
+}
+
+// begin attaches to a process, which goes on when begin returns.
+func (tr *trace) begin(pid int) error {
+	tr.counts, tr.ended = map[int]int{}, make(chan error, 1)
+	attached := make(chan error)
+	go func() {
+		// ptrace knows threads. This one is thrown away, and what it still traces with it.
+		runtime.LockOSThread()
+		t := tracer{trace: tr, leaders: map[int]int{}, alive: map[int]bool{}}
+		err := t.attach(pid)
+		attached <- err
+		if err == nil {
+			tr.ended <- t.run()
+		}
+	}()
+	return <-attached
+}
+
+// wait waits until all traced processes are dead.
+func (tr *trace) wait() error {
+	select {
+	case err := <-tr.ended:
+		return err
+	case <-time.After(patience):
+		return errors.New("the traced processes do not end")
+	}
+}
+
+// tracer is a trace's own thread.
+type tracer struct {
+	*trace
+	leaders map[int]int  // thread to process
+	alive   map[int]bool // every thread ever heard of
+	execs   int
+	at      int // the thread that is in the call of the point
+}
+
+// sysGood marks the stops at system calls, PTRACE_O_TRACESYSGOOD.
+const sysGood = 0x80
+
+func (t *tracer) attach(pid int) error {
+	opts := unix.PTRACE_O_TRACESYSGOOD | unix.PTRACE_O_TRACECLONE | unix.PTRACE_O_TRACEEXEC | unix.PTRACE_O_EXITKILL
+	if t.started > 0 {
+		opts |= unix.PTRACE_O_TRACEVFORK | unix.PTRACE_O_TRACEFORK
+	}
+	tids := []int{pid}
+	if t.running {
+		t.pid = pid
+		entries, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
+		if err != nil {
+			return err
+		}
+		tids = tids[:0]
+		for _, e := range entries {
+			tid, err := strconv.Atoi(e.Name())
+			if err != nil {
+				return err
+			}
+			tids = append(tids, tid)
+		}
+	}
+	for _, tid := range tids {
+		if _, _, e := unix.Syscall6(unix.SYS_PTRACE, unix.PTRACE_SEIZE, uintptr(tid), 0, uintptr(opts), 0, 0); e != 0 {
+			return fmt.Errorf("seize %d: %w", tid, e)
+		}
+		if err := unix.PtraceInterrupt(tid); err != nil {
+			return fmt.Errorf("interrupt %d: %w", tid, err)
+		}
+	}
+	for _, tid := range tids {
+		t.alive[tid] = true
+	}
+	for range tids { // each stops once
+		var ws unix.WaitStatus
+		tid, err := unix.Wait4(-1, &ws, unix.WALL|unix.WNOTHREAD, nil)
+		if err != nil || !ws.Stopped() {
+			return fmt.Errorf("attach to %d: %w, %#x", tid, err, ws)
+		}
+		if err := unix.PtraceSyscall(tid, 0); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (t *tracer) run() error {
+	// The thread may have children besides, which it has started for the test.
+	for slices.Contains(slices.Collect(maps.Values(t.alive)), true) {
+		var ws unix.WaitStatus
+		tid, err := unix.Wait4(-1, &ws, unix.WALL|unix.WNOTHREAD, nil)
+		switch {
+		case err == unix.EINTR:
+			continue
+		case err != nil:
+			return err
+		}
+		if t.alive[tid] = ws.Stopped(); !t.alive[tid] {
+			continue
+		}
+		sig, event := ws.StopSignal(), int(ws)>>16
+		switch {
+		case sig == unix.SIGTRAP|sysGood:
+			sig, err = 0, t.call(tid)
+		case event == unix.PTRACE_EVENT_EXEC:
+			if t.execs == t.started && !t.running {
+				t.pid, t.counts = tid, map[int]int{}
+			}
+			t.execs++
+			sig = 0
+		case event == unix.PTRACE_EVENT_CLONE, event == unix.PTRACE_EVENT_FORK, event == unix.PTRACE_EVENT_VFORK:
+			// The new thread may have been heard of before, and be dead by now.
+			var n uint
+			n, err = unix.PtraceGetEventMsg(tid)
+			if _, ok := t.alive[int(n)]; err == nil && !ok {
+				t.alive[int(n)] = true
+			}
+			sig = 0
+		case event != 0:
+			sig = 0
+		}
+		// A thread that SIGKILL has hit is no longer there to answer.
+		if err == nil {
+			err = unix.PtraceSyscall(tid, int(sig))
+		}
+		if err != nil && err != unix.ESRCH {
+			return err
+		}
+	}
+	return nil
+}
+
+func (t *tracer) leader(tid int) int {
+	if l, ok := t.leaders[tid]; ok {
+		return l
+	}
+	b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", tid)) // a dead one has none, and does not count
+	_, rest, _ := strings.Cut(string(b), "\nTgid:\t")
+	word, _, _ := strings.Cut(rest, "\n")
+	l, _ := strconv.Atoi(word)
+	t.leaders[tid] = l
+	return l
+}
+
+// call is at the beginning or the end of a system call.
+func (t *tracer) call(tid int) error {
+	if t.pid == 0 || t.leader(tid) != t.pid {
+		return nil
+	}
+	nr, begins, err := callOf(tid)
+	switch {
+	case err != nil:
+		return err
+	case !begins && t.at == tid:
+		t.at = 0
+		if t.point.errno != 0 {
+			return setResult(tid, -int(t.point.errno))
+		}
+		return unix.Kill(t.pid, unix.SIGKILL)
+	case !begins:
+		return nil
+	}
+	t.counts[nr]++
+	if t.hit || nr != t.point.nr || t.counts[nr] != t.point.nth {
+		return nil
+	}
+	t.hit = true
+	switch {
+	case t.point.errno != 0:
+		t.at = tid
+		return skipCall(tid)
+	case t.point.done:
+		t.at = tid
+		return nil
+	}
+	return unix.Kill(t.pid, unix.SIGKILL) // and the kernel does not begin with the call
+}
+
+// callOf is the system call at which a stopped thread is, and whether it begins.
+func callOf(tid int) (nr int, begins bool, _ error) {
+	var info [88]byte // struct ptrace_syscall_info of linux/ptrace.h
+	const op, number = 0, 24
+	_, _, e := unix.Syscall6(unix.SYS_PTRACE, unix.PTRACE_GET_SYSCALL_INFO, uintptr(tid), unsafe.Sizeof(info), uintptr(unsafe.Pointer(&info)), 0, 0)
+	if e != 0 {
+		return 0, false, e
+	}
+	return int(*(*uint64)(unsafe.Pointer(&info[number]))), info[op] == unix.PTRACE_SYSCALL_INFO_ENTRY, nil
+}
