@@ -516,8 +516,9 @@ func (s *session) lockFamily(v Variant, fam int, ps []place) error {
 			}
 		}
 		err := s.restore(at, "lock "+f.name+" table "+name, t.lockInput(f.v6, s.lo, s.o.Allow, s.comment))
-		if err == nil || s.ctx.Err() != nil {
-			s.put = append(s.put, at) // after the deadline: it may be there
+		// Of a program that did not end by itself nobody knows what it did.
+		if err == nil || !errors.As(err, new(*toolError)) && !errors.Is(err, netlock.ErrUnsupported) || s.ctx.Err() != nil {
+			s.put = append(s.put, at)
 			return err
 		}
 		if !errors.Is(err, errNoTable) {

@@ -819,6 +819,27 @@ func TestDeadlineAfterCommit(t *testing.T) {
 	})
 }
 
+// A program of which nobody knows how it ended may have locked: that is taken back.
+func TestUnknownEnd(t *testing.T) {
+	each(t, func(t *testing.T, n *netlocktest.NS, v Variant) {
+		for _, last := range []string{"iptables", "ip6tables"} {
+			b := New(v)
+			run := b.run
+			b.run = func(ctx context.Context, path, stdin string, args ...string) (string, error) {
+				out, err := run(ctx, path, stdin, args...)
+				if filepath.Base(path) == last+"-"+string(v)+"-restore" && strings.Contains(stdin, "-A "+chainIn) {
+					err = fmt.Errorf("run %s: %w", path, exec.ErrWaitDelay)
+				}
+				return out, err
+			}
+			if _, err := b.Lock(within(t, 20*time.Second), n.Netns(), options); !errors.Is(err, exec.ErrWaitDelay) {
+				t.Errorf("%s: %v", last, err)
+			}
+			wantNothing(t, n)
+		}
+	})
+}
+
 // What is missing is named.
 func TestPrivileges(t *testing.T) {
 	each(t, func(t *testing.T, n *netlocktest.NS, v Variant) {
