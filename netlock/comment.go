@@ -86,7 +86,7 @@ const (
 	Stopped Use = "stopped"
 	// Stale: the caller is gone and the task runs: the checkpoint is over.
 	Stale Use = "stale"
-	// Unknown: the metadata are missing, or of another pid namespace.
+	// Unknown: the metadata are missing or not whole, or of another pid namespace.
 	Unknown Use = "unknown"
 )
 
@@ -115,6 +115,9 @@ func useOf(c Caller, boot string, stat func(int) (proc.Stat, error), inhabited f
 			return Stale
 		}
 		return Waiting
+	}
+	if c.Start == 0 || c.TaskStart == 0 {
+		return Unknown // /proc could not be read when the lock was made: that is nobody's death
 	}
 	if _, ok := alive(c.PID, c.Start); ok {
 		return InUse

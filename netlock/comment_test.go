@@ -85,6 +85,8 @@ func TestUse(t *testing.T) {
 		"CRIU dead, task stopped":          {caller(9, 100, 21, 200), true, Stopped},
 		"CRIU dead, task dead":             {caller(9, 100, 19, 200), false, Waiting},
 		"the task's pid is another's":      {caller(9, 100, 20, 201), false, Waiting},
+		"CRIU could not be read":           {caller(9, 0, 20, 200), true, Unknown},
+		"the task could not be read":       {caller(9, 100, 20, 0), true, Unknown},
 		"by hand":                          {caller(9, 100, 0, 0), true, ByHand},
 		"no metadata":                      {Caller{}, true, Unknown},
 		"metadata without a boot":          {Caller{PID: 9, Name: "criu"}, true, Unknown},
