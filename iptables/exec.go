@@ -33,7 +33,9 @@ func runCommand(ctx context.Context, path, stdin string, args ...string) (string
 	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C"}
 	cmd.Dir = "/"
 	cmd.Stdin = strings.NewReader(stdin)
-	cmd.WaitDelay = 100 * time.Millisecond
+	// For what it has written, once it has ended: on a busy machine we may be long in reading
+	// that, and then it has failed for us.
+	cmd.WaitDelay = time.Second
 	// A restore that waits for the xtables lock must not lock the namespace after the
 	// one who wanted it is dead. The thread that starts the program waits for it too.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
