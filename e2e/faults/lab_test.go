@@ -5,6 +5,7 @@ package faults
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -146,7 +147,7 @@ type criu struct {
 // A hook begins when it is told to, so that a tracer can come first.
 const criuScript = `while read action pid; do
 	CRTOOLS_SCRIPT_ACTION=$action CRTOOLS_INIT_PID=$pid CRTOOLS_IMAGE_DIR=/proc/$$/fd/3 \
-		sh -c 'echo "$(exec sh -c "echo \$PPID")"; read go; exec "$0" <&-' "$1" 2>"$2"
+		sh -c 'echo $$; read go; exec "$0" <&-' "$1" 2>"$2"
 	echo $?
 done`
 
@@ -182,6 +183,11 @@ type result struct {
 }
 
 func (r result) String() string { return fmt.Sprintf("exit %d after %v, %s", r.code, r.took, r.log) }
+
+// unexpected is the error of a hook that did not end as it was to.
+func unexpected(what string, r result, err error) error {
+	return errors.Join(fmt.Errorf("%s: %v", what, r), err)
+}
 
 // hook runs one hook, under the tracer if one is given.
 func (l *lab) hook(c *criu, action string, tr *trace) (r result, err error) {

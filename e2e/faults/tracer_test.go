@@ -3,6 +3,7 @@ package faults
 // A tracer that follows a process and spoils one of its system calls.
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"maps"
@@ -11,10 +12,13 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/criu-netlock/criu-netlock/netlock/netlocktest"
 )
 
 // point is a place in the run of a process: the nth time that any of its threads makes
@@ -41,9 +45,9 @@ func (p point) String() string {
 // trace is the run of a process under the tracer.
 type trace struct {
 	point point
-	// started is how many processes the traced one starts before the one that counts; 0 for
-	// the program that it becomes itself by its next exec.
-	started int
+	// starts: what counts is the guard that the traced process starts, and not what it
+	// becomes itself by its next exec.
+	starts bool
 	// running: the process is traced as it runs, and no exec is waited for.
 	running bool
 
@@ -52,7 +56,9 @@ type trace struct {
 	counts map[int]int // calls by number
 	pid    int         // of the process that counted
 
-	ended chan error
+	// worked counts the calls that are no noise.
+	worked atomic.Int64
+	ended  chan error
 }
 
 // points are all the places that the run came by.
@@ -92,13 +98,25 @@ func (tr *trace) wait() error {
 	}
 }
 
+// idle waits until the process that counts is dead or has made no call for a while.
+func (tr *trace) idle(is func(comm, cmdline string) bool) error {
+	const looks = 50 // a millisecond each
+	last, same := int64(-1), 0
+	return netlocktest.Until(func() (bool, error) {
+		if n := tr.worked.Load(); n != last {
+			last, same = n, 0
+		}
+		same++
+		return same > looks || len(processes(is)) == 0, nil
+	})
+}
+
 // tracer is a trace's own thread.
 type tracer struct {
 	*trace
 	leaders map[int]int  // thread to process
 	alive   map[int]bool // every thread ever heard of
-	execs   int
-	at      int // the thread that is in the call of the point
+	at      int          // the thread that is in the call of the point
 }
 
 // sysGood marks the stops at system calls, PTRACE_O_TRACESYSGOOD.
@@ -106,41 +124,54 @@ const sysGood = 0x80
 
 func (t *tracer) attach(pid int) error {
 	opts := unix.PTRACE_O_TRACESYSGOOD | unix.PTRACE_O_TRACECLONE | unix.PTRACE_O_TRACEEXEC | unix.PTRACE_O_EXITKILL
-	if t.started > 0 {
+	if t.starts {
 		opts |= unix.PTRACE_O_TRACEVFORK | unix.PTRACE_O_TRACEFORK
 	}
-	tids := []int{pid}
 	if t.running {
 		t.pid = pid
+	}
+	attached := 0
+	for more := true; more; { // until no thread has come meanwhile
+		more = false
 		entries, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
 		if err != nil {
 			return err
 		}
-		tids = tids[:0]
-		for _, e := range entries {
-			tid, err := strconv.Atoi(e.Name())
-			if err != nil {
-				return err
+		for _, entry := range entries {
+			tid, err := strconv.Atoi(entry.Name())
+			if err != nil || t.alive[tid] {
+				continue
 			}
-			tids = append(tids, tid)
+			var e error
+			if _, _, errno := unix.Syscall6(unix.SYS_PTRACE, unix.PTRACE_SEIZE, uintptr(tid), 0, uintptr(opts), 0, 0); errno != 0 {
+				e = errno
+			} else {
+				e = unix.PtraceInterrupt(tid)
+			}
+			switch {
+			case (e == unix.ESRCH || e == unix.EPERM) && tid != pid: // it has gone meanwhile, or came and is traced
+			case e != nil:
+				return fmt.Errorf("seize %d: %w", tid, e)
+			default:
+				more, t.alive[tid] = true, true
+				attached++
+			}
 		}
 	}
-	for _, tid := range tids {
-		if _, _, e := unix.Syscall6(unix.SYS_PTRACE, unix.PTRACE_SEIZE, uintptr(tid), 0, uintptr(opts), 0, 0); e != 0 {
-			return fmt.Errorf("seize %d: %w", tid, e)
-		}
-		if err := unix.PtraceInterrupt(tid); err != nil {
-			return fmt.Errorf("interrupt %d: %w", tid, err)
-		}
-	}
-	for _, tid := range tids {
-		t.alive[tid] = true
-	}
-	for range tids { // each stops once
+	for attached > 0 { // each stops once
 		var ws unix.WaitStatus
 		tid, err := unix.Wait4(-1, &ws, unix.WALL|unix.WNOTHREAD, nil)
-		if err != nil || !ws.Stopped() {
-			return fmt.Errorf("attach to %d: %w, %#x", tid, err, ws)
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("attach to %d: %w", pid, err)
+		}
+		if t.alive[tid] {
+			attached--
+		}
+		if t.alive[tid] = ws.Stopped(); !t.alive[tid] {
+			continue // it ended instead
 		}
 		if err := unix.PtraceSyscall(tid, 0); err != nil {
 			return err
@@ -168,10 +199,9 @@ func (t *tracer) run() error {
 		case sig == unix.SIGTRAP|sysGood:
 			sig, err = 0, t.call(tid)
 		case event == unix.PTRACE_EVENT_EXEC:
-			if t.execs == t.started && !t.running {
+			if t.pid == 0 && t.starts == isGuard(tid) {
 				t.pid, t.counts = tid, map[int]int{}
 			}
-			t.execs++
 			sig = 0
 		case event == unix.PTRACE_EVENT_CLONE, event == unix.PTRACE_EVENT_FORK, event == unix.PTRACE_EVENT_VFORK:
 			// The new thread may have been heard of before, and be dead by now.
@@ -195,6 +225,11 @@ func (t *tracer) run() error {
 	return nil
 }
 
+func isGuard(pid int) bool {
+	b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+	return guards("", string(b))
+}
+
 func (t *tracer) leader(tid int) int {
 	if l, ok := t.leaders[tid]; ok {
 		return l
@@ -212,7 +247,7 @@ func (t *tracer) call(tid int) error {
 	if t.pid == 0 || t.leader(tid) != t.pid {
 		return nil
 	}
-	nr, begins, err := callOf(tid)
+	nr, fd, begins, err := callOf(tid)
 	switch {
 	case err != nil:
 		return err
@@ -226,8 +261,18 @@ func (t *tracer) call(tid int) error {
 		return nil
 	}
 	t.counts[nr]++
+	if !noise(nr) {
+		t.worked.Add(1)
+	}
 	if t.hit || nr != t.point.nr || t.counts[nr] != t.point.nth {
 		return nil
+	}
+	// A pipe needs no memory, and an EAGAIN that is not true is one that epoll never ends. It
+	// is looked at now: of two threads the other one may be first this time.
+	if (nr == unix.SYS_READ || nr == unix.SYS_WRITE) && t.point.errno != 0 && t.point.errno != unix.EINTR {
+		if to, err := os.Readlink(fmt.Sprintf("/proc/%d/fd/%d", t.pid, fd)); err != nil || strings.HasPrefix(to, "pipe:") {
+			return nil
+		}
 	}
 	t.hit = true
 	switch {
@@ -241,13 +286,15 @@ func (t *tracer) call(tid int) error {
 	return unix.Kill(t.pid, unix.SIGKILL) // and the kernel does not begin with the call
 }
 
-// callOf is the system call at which a stopped thread is, and whether it begins.
-func callOf(tid int) (nr int, begins bool, _ error) {
+// callOf is the system call at which a stopped thread is, its first argument, and whether
+// it begins.
+func callOf(tid int) (nr, arg int, begins bool, _ error) {
 	var info [88]byte // struct ptrace_syscall_info of linux/ptrace.h
-	const op, number = 0, 24
+	const op, number, args = 0, 24, 32
 	_, _, e := unix.Syscall6(unix.SYS_PTRACE, unix.PTRACE_GET_SYSCALL_INFO, uintptr(tid), unsafe.Sizeof(info), uintptr(unsafe.Pointer(&info)), 0, 0)
 	if e != 0 {
-		return 0, false, e
+		return 0, 0, false, e
 	}
-	return int(*(*uint64)(unsafe.Pointer(&info[number]))), info[op] == unix.PTRACE_SYSCALL_INFO_ENTRY, nil
+	word := func(at int) int { return int(binary.NativeEndian.Uint64(info[at:])) }
+	return word(number), word(args), info[op] == unix.PTRACE_SYSCALL_INFO_ENTRY, nil
 }
