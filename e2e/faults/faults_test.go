@@ -21,6 +21,7 @@ import (
 	"text/tabwriter"
 	"time"
 
+	"github.com/criu-netlock/criu-netlock/cmd/criu-netlock/early/link"
 	"github.com/criu-netlock/criu-netlock/netlock/netlocktest"
 )
 
@@ -66,7 +67,7 @@ func TestMain(m *testing.M) {
 
 // build builds the program as make build does.
 func build(path string) error {
-	cmd := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w -X main.version=v0-test", "-o", path, "../../cmd/criu-netlock")
+	cmd := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w -X main.version=v0-test "+link.Flag, "-o", path, "../../cmd/criu-netlock")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("build: %w\n%s", err, out)
