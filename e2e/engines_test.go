@@ -151,3 +151,42 @@ func (e engine) run(t *testing.T, l *lab, n *testbed.Net) *run {
 	}
 	return r
 }
+
+// CRIU's client under podman, runc, is killed at a hook.
+func TestEnginesClientKilled(t *testing.T) {
+	for _, e := range engines {
+		if e.name != "podman" {
+			continue
+		}
+		l, n := openEngine(t, e.setup, e.start, "--as-criu")
+		for _, hook := range []string{"pre-dump", "network-lock", "post-dump", "network-unlock"} {
+			t.Run("dump/"+hook, func(t *testing.T) {
+				r := e.run(t, l, n)
+				r.killsClient(hook, func() error { return r.e.Dump(r.ctx, true) })
+				r.runsOn()
+				r.finish()
+			})
+		}
+		// Later ones have tests with runc alone: there the tasks live on, and conmon waits for them
+		// for ever.
+		for _, hook := range []string{"setup-namespaces", "post-setup-namespaces"} {
+			t.Run("restore/"+hook, func(t *testing.T) {
+				r := e.run(t, l, n)
+				r.dump("", false)
+				r.silence()
+				t.Cleanup(func() {
+					ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+					defer cancel()
+					// runc, killed, leaves what it cannot remove itself.
+					_, err := l.Run(ctx, "sh", "-c", "for d in $(grep -o '/run/runc/[^ ]*/criu-root' /proc/mounts); do umount $d || exit; done")
+					_, e := l.RunIn(ctx, n.Path(), "nft", "delete", "table", "inet", "silence")
+					if err := errors.Join(err, e); err != nil {
+						t.Error(err)
+					}
+				})
+				r.killsClient(hook, func() error { return r.e.Restore(r.ctx) })
+				r.withoutCRIU("workload")
+			})
+		}
+	}
+}

@@ -3,6 +3,7 @@ package e2e
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -104,6 +105,93 @@ func TestProxyCallbackFails(t *testing.T) {
 			r.dump("", true)
 			r.finish()
 		})
+	}
+}
+
+// killsClient kills CRIU's client at a hook, after what it was notified of. With runc and
+// podman that is runc, whose child CRIU is.
+func (r *run) killsClient(hook string, f func() error) {
+	r.t.Helper()
+	killed := false
+	r.l.hooks.Handle(func(h testbed.Hook) error {
+		if h.Action != hook || killed {
+			return nil
+		}
+		killed = true
+		_, err := r.l.Run(r.ctx, "sh", "-c", fmt.Sprintf("kill -KILL $(cut -d' ' -f4 /proc/%d/stat)", h.CRIU))
+		return err
+	})
+	err := f()
+	r.l.hooks.Handle(nil)
+	if err == nil || !killed {
+		r.t.Fatalf("killed at %s: %v, and the error is %v", hook, killed, err)
+	}
+	r.withoutCRIU()
+	r.unguarded()
+}
+
+// The client is killed, by whatever it was at a hook: the proxy stays, and takes the lock off
+// what lives.
+func TestProxyClientKilled(t *testing.T) {
+	for _, client := range []string{"go-criu", "runc"} {
+		for _, hook := range []string{"pre-dump", "network-lock", "post-dump", "network-unlock"} {
+			t.Run(client+"/dump/"+hook, func(t *testing.T) {
+				r := newProxyRun(t, client, "skip")
+				r.killsClient(hook, func() error { return r.e.Dump(r.ctx, true) })
+				r.runsOn()
+				r.dump("", true)
+				r.finish()
+			})
+		}
+	}
+}
+
+// The same in a restore. CRIU kills the tasks, and a namespace that stays is locked as it was;
+// or it lets them run, and they are not locked.
+func TestProxyClientKilledInRestore(t *testing.T) {
+	for _, client := range []string{"go-criu", "runc"} {
+		begin := func(t *testing.T) (*run, int) {
+			r := newProxyRun(t, client, "skip")
+			pid := r.e.PID()
+			r.dump("", false)
+			if e, ok := r.e.(*testbed.Runc); ok {
+				// runc, killed, leaves what it cannot remove itself.
+				t.Cleanup(func() {
+					ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+					defer cancel()
+					if _, err := r.l.Run(ctx, "umount", "/run/runc/"+e.ID+"/criu-root"); err != nil {
+						t.Error(err)
+					}
+				})
+			}
+			return r, pid
+		}
+		for _, hook := range []string{"pre-restore", "setup-namespaces", "post-setup-namespaces"} {
+			t.Run(client+"/"+hook, func(t *testing.T) {
+				r, _ := begin(t)
+				if r.own() {
+					r.silence() // such a namespace dies unlocked
+				}
+				r.killsClient(hook, func() error { return r.e.Restore(r.ctx) })
+				r.withoutCRIU("workload")
+				r.dead()
+			})
+		}
+		for _, hook := range []string{"post-restore", "network-unlock", "post-resume"} {
+			t.Run(client+"/"+hook, func(t *testing.T) {
+				r, pid := begin(t)
+				r.killsClient(hook, func() error { return r.e.Restore(r.ctx) })
+				r.flows("restored, by a client that was killed")
+				path := r.e.Netns()
+				if path == "" { // the engine does not know that it lives
+					path = fmt.Sprintf("/proc/%d/ns/net", pid)
+				}
+				if rules, err := r.l.Rules(r.ctx, path); err != nil || rules != r.rules {
+					t.Errorf("the rule set was\n%s\nand is\n%s%v", r.rules, rules, err)
+				}
+				r.killHalfRestored()
+			})
+		}
 	}
 }
 
