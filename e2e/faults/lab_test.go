@@ -4,6 +4,7 @@ package faults
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -52,6 +53,10 @@ type lab struct {
 	config string // the text of the configuration but for the guard
 	look   *netlock.Locker
 	wires  [2]*wire // IPv4, IPv6
+	// log is CRIU's log, if it is not to be in dir, and without the capabilities that CRIU and
+	// its hooks do not have.
+	log     string
+	without []int
 }
 
 func newLab(t *testing.T, backend, configured string) *lab {
@@ -153,7 +158,17 @@ done`
 
 func (l *lab) newCRIU() *criu {
 	l.t.Helper()
-	c := &criu{Cmd: exec.Command("sh", "-c", criuScript, "criu", program, l.dir+"/log"), log: l.dir + "/log"}
+	c := &criu{log: cmp.Or(l.log, l.dir+"/log")}
+	argv := []string{"sh"}
+	if l.without != nil {
+		var names []string
+		for _, n := range l.without {
+			names = append(names, capName(n))
+		}
+		argv = []string{"capsh", "--drop=" + strings.Join(names, ","), "--"} // and then a shell
+	}
+	argv = append(argv, "-c", criuScript, "criu", program, c.log)
+	c.Cmd = exec.Command(argv[0], argv[1:]...)
 	c.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/nonexistent", "CRIU_NETLOCK_CONFIG=" + l.dir + "/netlock.toml"}
 	var err error
 	if c.in, err = c.StdinPipe(); err != nil {
@@ -186,7 +201,12 @@ func (r result) String() string { return fmt.Sprintf("exit %d after %v, %s", r.c
 
 // unexpected is the error of a hook that did not end as it was to.
 func unexpected(what string, r result, err error) error {
-	return errors.Join(fmt.Errorf("%s: %v", what, r), err)
+	return wrong(err, "%s: %v", what, r)
+}
+
+// wrong tells what was found, and an error if there was one besides.
+func wrong(err error, format string, args ...any) error {
+	return errors.Join(fmt.Errorf(format, args...), err)
 }
 
 // hook runs one hook, under the tracer if one is given.

@@ -45,6 +45,8 @@ func (p point) String() string {
 // trace is the run of a process under the tracer.
 type trace struct {
 	point point
+	// instead is what is done at the point in place of SIGKILL; the process goes on then.
+	instead func()
 	// starts: what counts is the guard that the traced process starts, and not what it
 	// becomes itself by its next exec.
 	starts bool
@@ -281,6 +283,9 @@ func (t *tracer) call(tid int) error {
 		return skipCall(tid)
 	case t.point.done:
 		t.at = tid
+		return nil
+	case t.instead != nil:
+		t.instead()
 		return nil
 	}
 	return unix.Kill(t.pid, unix.SIGKILL) // and the kernel does not begin with the call
