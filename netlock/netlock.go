@@ -30,6 +30,10 @@ type Options struct {
 	Allow []Rule
 	// Caller is recorded in the lock. It decides nothing.
 	Caller Caller
+	// Mode is what becomes of what comes in; Holder keeps it in mode Hold. A Locker without
+	// one takes what lock there is, and makes one that drops.
+	Mode   Mode
+	Holder Holder
 }
 
 // Result says what Lock found and did.
@@ -38,6 +42,9 @@ type Result struct {
 	Backend string
 	// Already is true if an intact lock was there and was left alone.
 	Already bool
+	// Mode is the lock's. NotHeld says why it is Drop where Hold was asked for.
+	Mode    Mode
+	NotHeld error
 }
 
 // State is what a backend sees of its lock in a namespace.
@@ -60,6 +67,11 @@ type State struct {
 	// Held: live processes own tables under all of our names, and Lock would fail with
 	// KindHeld.
 	Held bool
+	// Mode is the lock's, "" where there is none; Queue is that of mode Hold. What Unlock
+	// returns tells what it delivered, or why it did not.
+	Mode         Mode
+	Queue        Queue
+	NotDelivered error
 }
 
 // Backend is one way to lock. All methods are idempotent and safe side by side
@@ -110,6 +122,12 @@ func (l *Locker) Lock(ctx context.Context, ns *Namespace) (Result, error) {
 		}
 		if err != nil {
 			return Result{}, err
+		}
+		if res.Mode == "" { // a backend that knows no other
+			res.Mode = Drop
+			if l.Options.Mode == Hold {
+				res.NotHeld = errors.New(res.Backend + " cannot hold")
+			}
 		}
 		// The new lock is in force: only now may the others' be removed.
 		for _, other := range l.all() {
@@ -183,6 +201,9 @@ func each(backends []Backend, f func(Backend) (State, error)) (State, error) {
 		if err != nil {
 			errs = append(errs, err)
 		}
+		if st.Locked && st.Mode == "" { // a backend that knows no other
+			st.Mode = Drop
+		}
 		held := sum.Held || st.Held
 		switch {
 		case !st.Found:
@@ -194,6 +215,10 @@ func each(backends []Backend, f func(Backend) (State, error)) (State, error) {
 			sum.Why = "a lock of " + sum.Backend + " and one of " + st.Backend + " are there together"
 			sum.DroppedIn += st.DroppedIn
 			sum.DroppedOut += st.DroppedOut
+			if st.Mode == Hold { // the other one drops, and so nothing comes to this one's queue
+				sum.Queue = st.Queue
+			}
+			sum.Mode = Drop
 		}
 		sum.Held = held
 	}

@@ -17,6 +17,7 @@ import (
 	"io"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/google/nftables"
@@ -37,6 +38,8 @@ type Backend struct {
 	closer  closer
 	rules   cache
 	notes   notes
+	// noQueue: the kernel has no queue expression, but perhaps the NFQUEUE target.
+	noQueue atomic.Bool
 }
 
 // Option changes a Backend.
@@ -114,7 +117,7 @@ func (c *cache) get(allow []netlock.Rule) (texts, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.want[0] == nil || !slices.Equal(c.allow, allow) {
-		want, err := wantBoth(allow)
+		want, err := wantBoth(allow, nil)
 		if err != nil {
 			return want, err
 		}
@@ -134,6 +137,12 @@ type session struct {
 	held map[table]bool
 	// noDestroy: the kernel is older than 6.3 and does not know "destroy".
 	noDestroy bool
+	// queue is what our lock of mode hold sends to; notHeld is why it has none.
+	queue   *queue
+	fresh   bool // the Holder has it from this call
+	notHeld error
+	// mode of the lock that there is, or was made.
+	mode netlock.Mode
 }
 
 // in runs f with a socket of the namespace.
@@ -246,7 +255,11 @@ func (s *session) read(ctx context.Context, t table) (view, error) {
 	for _, o := range ans[2].Objects {
 		rules = append(rules, parseRule(o))
 	}
-	return judge(t, objs, rules, want), nil
+	v := judge(t, objs, rules, want)
+	if v.queue != nil {
+		v.count()
+	}
+	return v, nil
 }
 
 // readTime is how long reading may go on: what can be done without comes next, and
@@ -383,7 +396,7 @@ func (s *session) create(gen uint32, name string, replace bool, text string) err
 		case replace:
 			c.DestroyTable(old)
 		}
-		addLock(c, name, s.o.Allow, text)
+		addLock(c, name, s.o.Allow, s.queue, text)
 	})
 }
 
@@ -437,6 +450,10 @@ func (b *Backend) Lock(ctx context.Context, ns *netlock.Namespace, o netlock.Opt
 	text := netlock.Comment(b.now(), o.Caller)
 	err = b.in(ctx, ns, o, func(s *session) error {
 		res.Already, err = s.lock(text)
+		res.Mode, res.NotHeld = s.mode, s.notHeld
+		if err != nil {
+			s.unbind()
+		}
 		return err
 	})
 	if err != nil {
@@ -453,15 +470,27 @@ func (s *session) lock(text string) (already bool, err error) {
 		if err != nil {
 			return false, err
 		}
-		if intact(was.mine) {
+		if intact(was.mine) && s.asWanted(was.mine[0]) {
+			v := was.mine[0]
+			s.mode = v.mode()
 			if len(was.held) == 0 {
-				s.remember(was.gen, was.mine[0].name, was.mine[0].text)
+				s.remember(was.gen, v.name, v.text)
+			}
+			if s.queue != nil && (v.queue == nil || v.queue.num != s.queue.num) {
+				s.unbind()
 			}
 			return true, nil
 		}
 		name, replace, ok := place(was.mine, was.held)
 		if !ok {
 			return false, netlock.HeldError(s.ns, Name)
+		}
+		if s.bind(); s.notHeld != nil && intact(was.mine) {
+			continue // it may be as wanted by now
+		}
+		s.mode = netlock.Drop
+		if s.queue != nil {
+			s.mode = netlock.Hold
 		}
 		err = s.create(was.gen, name, replace, text)
 		switch created, e := s.settle(err, name, text); {
@@ -519,6 +548,9 @@ func (s *session) settle(err error, name, text string) (created bool, _ error) {
 		// Its owner came between the look and the batch.
 		return false, s.markHeld(name)
 	case errors.Is(err, unix.ERESTART), errors.Is(err, unix.EEXIST), errors.Is(err, unix.EBUSY):
+		return false, s.ctxErr("create table " + name)
+	case errors.Is(err, unix.ENOENT) && s.queue != nil && errors.As(err, &batch) && batch.IsNewRule():
+		s.noExpr()
 		return false, s.ctxErr("create table " + name)
 	case errors.Is(err, unix.EINVAL) && !s.noDestroy && errors.As(err, &batch) && batch.IsDestroy():
 		s.noDestroy = true
@@ -630,6 +662,12 @@ func state(mine []view) netlock.State {
 	st := netlock.State{Backend: Name, Found: len(mine) > 0, Intact: intact(mine)}
 	for _, v := range mine {
 		st.Locked = st.Locked || v.locks
+		if v.locks && st.Mode != netlock.Drop {
+			st.Mode = v.mode()
+		}
+		if v.queue != nil {
+			st.Queue = v.held
+		}
 		st.DroppedIn += v.in
 		st.DroppedOut += v.out
 		if st.Since.IsZero() {
@@ -693,6 +731,10 @@ func (s *session) unlock() (st netlock.State, err error) {
 		var left []table
 		for _, v := range was.mine {
 			left = append(left, v.table)
+			if v.queue != nil && v.locks && s.o.Holder != nil {
+				s.deliver(v, &st)
+				gen = 0 // it is no more what was read
+			}
 		}
 		sure, err := s.remove(gen, left)
 		if err != nil {

@@ -50,8 +50,12 @@ func (n *notes) take(cookie uint64) (note, bool) {
 	return x, ok
 }
 
-// remember notes the lock that is in force at gen.
+// remember notes the lock that is in force at gen, unless it holds what is to be delivered
+// first.
 func (s *session) remember(gen uint32, name, text string) {
+	if s.mode == netlock.Hold {
+		return
+	}
 	if cookie, ok := s.conn.Cookie(); ok && gen != 0 {
 		s.b.notes.put(cookie, note{gen, name, s.o.Allow, text})
 	}
@@ -76,7 +80,7 @@ func (s *session) unlockNoted() (st netlock.State, done bool) {
 	if !ok || !slices.Equal(n.allow, s.o.Allow) {
 		return st, false
 	}
-	st = netlock.State{Backend: Name, Found: true, Locked: true, Intact: true}
+	st = netlock.State{Backend: Name, Found: true, Locked: true, Intact: true, Mode: netlock.Drop}
 	var err error
 	if st.Since, st.Caller, err = netlock.ParseComment(n.text); err != nil {
 		return st, false

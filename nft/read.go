@@ -64,6 +64,7 @@ type rule struct {
 	packets uint64
 	comment string
 	udata   bool
+	queue   *queue // where it sends packets, if it does
 }
 
 func parseRule(o nfnl.Object) (r rule) {
@@ -73,6 +74,7 @@ func parseRule(o nfnl.Object) (r rule) {
 			r.chain = nfnl.Str(b)
 		case unix.NFTA_RULE_EXPRESSIONS:
 			r.text, r.packets = exprsText(b)
+			r.queue = queueOf(b)
 		case unix.NFTA_RULE_USERDATA:
 			r.udata = true
 			r.comment = nfnl.Comment(b)
@@ -82,6 +84,32 @@ func parseRule(o nfnl.Object) (r rule) {
 		r.text = "malformed"
 	}
 	return r
+}
+
+// queueOf finds the queue that a rule sends packets to. Whether it does so in our way,
+// its text tells.
+func queueOf(b []byte) (q *queue) {
+	nfnl.Walk(b, func(_ uint16, e []byte) {
+		switch name, data, _ := splitExpr(e); name {
+		case "queue":
+			nfnl.Walk(data, func(typ uint16, v []byte) {
+				if typ == unix.NFTA_QUEUE_NUM && len(v) == 2 {
+					q = &queue{num: binary.BigEndian.Uint16(v)}
+				}
+			})
+		case "target":
+			var target string
+			nfnl.Walk(data, func(typ uint16, v []byte) {
+				switch {
+				case typ == unix.NFTA_TARGET_NAME:
+					target = nfnl.Str(v)
+				case typ == unix.NFTA_TARGET_INFO && target == targetNFQueue && len(v) >= 2:
+					q = &queue{num: binary.NativeEndian.Uint16(v), compat: true}
+				}
+			})
+		}
+	})
+	return q
 }
 
 // malformed stands in a canonical text for what cannot be parsed; no rule of ours
@@ -229,6 +257,9 @@ func appendAttrs(out []byte, name string, outer uint16, b []byte) []byte {
 		if name == "bitwise" && typ == nftaBitwiseOp && nfnl.U32(v) == 0 {
 			return // the kernel names what we leave to its default
 		}
+		if name == "queue" && typ == unix.NFTA_QUEUE_FLAGS && string(v) == "\x00\x00" {
+			return // nft leaves it out
+		}
 		isNested := nested(name, outer, typ)
 		out = binary.BigEndian.AppendUint16(out, typ)
 		if isNested {
@@ -248,9 +279,9 @@ func appendAttrs(out []byte, name string, outer uint16, b []byte) []byte {
 // texts is the canonical text of every rule of both chains.
 type texts [2][]string
 
-func wantBoth(allow []netlock.Rule) (want texts, err error) {
+func wantBoth(allow []netlock.Rule, q *queue) (want texts, err error) {
 	for i, c := range chains() {
-		if want[i], err = wantTexts(c, allow); err != nil {
+		if want[i], err = wantTexts(c, allow, q); err != nil {
 			return want, err
 		}
 	}
@@ -258,25 +289,33 @@ func wantBoth(allow []netlock.Rule) (want texts, err error) {
 }
 
 // wantTexts is the canonical text of every rule of a chain.
-func wantTexts(c chain, allow []netlock.Rule) ([]string, error) {
+func wantTexts(c chain, allow []netlock.Rule, q *queue) ([]string, error) {
 	var out []string
-	for _, exprs := range c.rules(allow) {
-		var elems []netlink.Attribute
-		for _, e := range exprs {
-			b, err := expr.Marshal(unix.NFPROTO_INET, e)
-			if err != nil {
-				return nil, err
-			}
-			elems = append(elems, netlink.Attribute{Type: unix.NFTA_LIST_ELEM, Data: b})
-		}
-		b, err := netlink.MarshalAttributes(elems)
+	for _, exprs := range c.rules(allow, q) {
+		text, err := wantText(exprs)
 		if err != nil {
 			return nil, err
 		}
-		text, _ := exprsText(b)
 		out = append(out, text)
 	}
 	return out, nil
+}
+
+func wantText(exprs []expr.Any) (string, error) {
+	var elems []netlink.Attribute
+	for _, e := range exprs {
+		b, err := expr.Marshal(unix.NFPROTO_INET, e)
+		if err != nil {
+			return "", err
+		}
+		elems = append(elems, netlink.Attribute{Type: unix.NFTA_LIST_ELEM, Data: b})
+	}
+	b, err := netlink.MarshalAttributes(elems)
+	if err != nil {
+		return "", err
+	}
+	text, _ := exprsText(b)
+	return text, nil
 }
 
 // baseChainWhy says what keeps a chain from being ours; "" if nothing does.
@@ -334,6 +373,8 @@ type view struct {
 	in     uint64
 	out    uint64
 	text   string // the comment
+	queue  *queue // of mode hold
+	held   netlock.Queue
 }
 
 // judge compares a table with the lock that we would put there.
@@ -370,6 +411,13 @@ func judge(t table, chainObjs [2]*nfnl.Object, rules []rule, wants texts) view {
 		for _, r := range rules {
 			if r.chain == c.name {
 				got = append(got, r)
+			}
+		}
+		if n := len(want) - 1; c.inbound() && n < len(got) && got[n].queue != nil {
+			// Which queue it is, and by which expression, is the lock's own affair.
+			if text, err := wantText([]expr.Any{&expr.Counter{}, got[n].queue.expr()}); err == nil {
+				v.queue = got[n].queue
+				want = append(slices.Clone(want[:n]), text)
 			}
 		}
 		for n, r := range got {

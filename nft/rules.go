@@ -7,6 +7,7 @@ import (
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"github.com/google/nftables/userdata"
+	"github.com/google/nftables/xt"
 	"golang.org/x/sys/unix"
 
 	"github.com/criu-netlock/criu-netlock/netlock"
@@ -61,9 +62,33 @@ func accept(parts ...[]expr.Any) []expr.Any {
 	return append(out, &expr.Verdict{Kind: expr.VerdictAccept})
 }
 
+// queue is where the lock of mode hold sends what comes in.
+type queue struct {
+	num uint16
+	// compat: by the NFQUEUE target of xtables, for a kernel without the expression.
+	compat bool
+}
+
+// expr has no flag: with none a packet that finds no holder, or no room, is dropped.
+func (q queue) expr() expr.Any {
+	if !q.compat {
+		return &expr.Queue{Num: q.num}
+	}
+	// struct xt_NFQ_info_v3, padded as xtables does: number, how many queues, flags.
+	info := xt.Unknown(make([]byte, 8))
+	binary.NativeEndian.PutUint16(info, q.num)
+	binary.NativeEndian.PutUint16(info[2:], 1)
+	return &expr.Target{Name: targetNFQueue, Rev: targetNFQueueRev, Info: &info}
+}
+
+const (
+	targetNFQueue    = "NFQUEUE"
+	targetNFQueueRev = 3
+)
+
 // rules is what a chain of the lock holds, in order; the last one counts what the
-// policy then drops.
-func (c chain) rules(allow []netlock.Rule) [][]expr.Any {
+// policy then drops, or in ingress what goes to the queue, if there is one.
+func (c chain) rules(allow []netlock.Rule, q *queue) [][]expr.Any {
 	out := [][]expr.Any{
 		accept(meta(c.lo, native32(loIndex)), meta(expr.MetaKeyL4PROTO, []byte{unix.IPPROTO_TCP}), meta(expr.MetaKeyMARK, native32(criuMark))),
 	}
@@ -77,8 +102,14 @@ func (c chain) rules(allow []netlock.Rule) [][]expr.Any {
 	for _, r := range netlock.Expand(allow) {
 		out = append(out, allowExprs(r))
 	}
-	return append(out, []expr.Any{&expr.Counter{}})
+	last := []expr.Any{&expr.Counter{}}
+	if q != nil && c.inbound() {
+		last = append(last, q.expr())
+	}
+	return append(out, last)
 }
+
+func (c chain) inbound() bool { return c.lo == expr.MetaKeyIIF }
 
 var protoNumbers = map[string]byte{
 	"tcp": unix.IPPROTO_TCP, "udp": unix.IPPROTO_UDP, "sctp": unix.IPPROTO_SCTP,
@@ -148,7 +179,7 @@ func addr(p netip.Prefix, off uint32) []expr.Any {
 }
 
 // addLock puts a whole lock into a batch.
-func addLock(c *nftables.Conn, name string, allow []netlock.Rule, text string) {
+func addLock(c *nftables.Conn, name string, allow []netlock.Rule, q *queue, text string) {
 	t := c.CreateTable(&nftables.Table{Name: name, Family: nftables.TableFamilyINet})
 	drop := nftables.ChainPolicyDrop
 	for _, ch := range chains() {
@@ -156,7 +187,7 @@ func addLock(c *nftables.Conn, name string, allow []netlock.Rule, text string) {
 			Name: ch.name, Table: t, Type: nftables.ChainTypeFilter,
 			Hooknum: ch.hook, Priority: nftables.ChainPriorityRaw, Policy: &drop,
 		})
-		rules := ch.rules(allow)
+		rules := ch.rules(allow, q)
 		for i, exprs := range rules {
 			r := &nftables.Rule{Table: t, Chain: nc, Exprs: exprs}
 			if i == len(rules)-1 {
@@ -165,4 +196,10 @@ func addLock(c *nftables.Conn, name string, allow []netlock.Rule, text string) {
 			c.AddRule(r)
 		}
 	}
+}
+
+// addOpening makes one of the lock's chains accept everything.
+func addOpening(c *nftables.Conn, name, chain string) {
+	t := &nftables.Table{Name: name, Family: nftables.TableFamilyINet}
+	c.InsertRule(&nftables.Rule{Table: t, Chain: &nftables.Chain{Name: chain, Table: t}, Exprs: accept()})
 }

@@ -3,6 +3,7 @@ package nft
 import (
 	"testing"
 
+	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 
 	"github.com/criu-netlock/criu-netlock/nft/nfnl"
@@ -90,11 +91,53 @@ func TestExprsText(t *testing.T) {
 	}
 }
 
+// The kernels of these tests have no queue expression: ours is held against the bytes
+// that nft 1.0.6 sends for "counter queue to N", and the target against iptables'.
+func TestQueueExpr(t *testing.T) {
+	elem := func(name string, data []byte) []byte {
+		b := nfnl.Attr(nfnl.AttrString(nil, unix.NFTA_EXPR_NAME, name), unix.NFTA_EXPR_DATA|unix.NLA_F_NESTED, data)
+		return nfnl.Attr(nil, unix.NFTA_LIST_ELEM|unix.NLA_F_NESTED, b)
+	}
+	counter := elem("counter", nil)
+	native := func(flags string) []byte {
+		return append(counter[:len(counter):len(counter)], elem("queue", []byte("\x06\x00\x01\x00\xc1\x14\x00\x00\x06\x00\x02\x00\x00\x01\x00\x00"+flags))...)
+	}
+	target := func(flags byte) []byte {
+		b := nfnl.AttrString(nil, unix.NFTA_TARGET_NAME, "NFQUEUE")
+		b = nfnl.Attr(b, unix.NFTA_TARGET_REV, []byte{0, 0, 0, 3})
+		return append(counter[:len(counter):len(counter)], elem("target", nfnl.Attr(b, unix.NFTA_TARGET_INFO, []byte{0x14, 0xc1, 1, 0, flags, 0, 0, 0}))...)
+	}
+	for name, c := range map[string]struct {
+		raw  []byte
+		q    queue
+		same bool
+	}{
+		"queue as nft sends it":             {native(""), queue{num: 49428}, true},
+		"queue as the kernel tells it":      {native("\x06\x00\x03\x00\x00\x00\x00\x00"), queue{num: 49428}, true},
+		"queue with bypass":                 {native("\x06\x00\x03\x00\x00\x01\x00\x00"), queue{num: 49428}, false},
+		"NFQUEUE as iptables has it":        {target(0), queue{num: 49428, compat: true}, true},
+		"NFQUEUE with --queue-bypass":       {target(1), queue{num: 49428, compat: true}, false},
+		"queue by the other way of queuing": {native(""), queue{num: 49428, compat: true}, false},
+		"queue of another number":           {native(""), queue{num: 1}, false},
+	} {
+		want, err := wantText([]expr.Any{&expr.Counter{}, c.q.expr()})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, _ := exprsText(c.raw); (got == want) != c.same {
+			t.Errorf("%s: the same as ours is %v, want %v:\n%q\n%q", name, got == want, c.same, got, want)
+		}
+		if q := queueOf(c.raw); q == nil || c.same && *q != c.q {
+			t.Errorf("%s: read as %+v", name, q)
+		}
+	}
+}
+
 // No bytes from the kernel, or from whoever passes for it, may panic.
 func FuzzRead(f *testing.F) {
 	f.Add([]byte{8, 0, 1, 0, 'a', 0, 0, 0}, uint8(1))
 	f.Add([]byte{4, 0, 1, 128, 8, 0, 2, 0, 1, 2, 3, 4}, uint8(10))
-	want, err := wantBoth(nil)
+	want, err := wantBoth(nil, nil)
 	if err != nil {
 		f.Fatal(err)
 	}

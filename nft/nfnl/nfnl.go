@@ -274,6 +274,9 @@ func (e *BatchError) IsDestroy() bool { return e.Index > 0 && e.Cmd == msgDestro
 // IsNewChain tells whether it was a chain that the kernel refused.
 func (e *BatchError) IsNewChain() bool { return e.Index > 0 && e.Cmd == unix.NFT_MSG_NEWCHAIN }
 
+// IsNewRule tells whether it was a rule that the kernel refused.
+func (e *BatchError) IsNewRule() bool { return e.Index > 0 && e.Cmd == unix.NFT_MSG_NEWRULE }
+
 // Batch sends messages, the first and last of which begin and end a batch, and
 // waits for the kernel to commit them all, or none. A *BatchError means none;
 // ErrUnsure means that the caller has to look.

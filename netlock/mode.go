@@ -1,0 +1,49 @@
+package netlock
+
+import (
+	"context"
+	"errors"
+)
+
+// Mode is what a lock does with the packets that come in. What goes out is dropped in
+// either: the namespace's own kernel sends it again.
+type Mode string
+
+// The modes.
+const (
+	// Drop drops them; the peers send them again when their time-outs end. It is what an
+	// empty Mode means.
+	Drop Mode = "drop"
+	// Hold keeps them in an NFQUEUE until the unlock and delivers them then, in order. With
+	// nobody left who keeps them, or with the queue full, they are dropped, never passed.
+	Hold Mode = "hold"
+)
+
+// Holder keeps what locks of mode hold send to queues. It has to outlive the lock: what
+// a queue holds is dropped with the process that bound it.
+type Holder interface {
+	// Bind takes a queue that nobody in the namespace uses, and says which; for a
+	// namespace that it holds already, the one it has, which is not fresh. An error means
+	// that this Holder cannot hold there, and the lock is to drop.
+	Bind(ctx context.Context, ns *Namespace) (queue uint16, fresh bool, err error)
+	// Release delivers what a queue holds, whoever bound it, and gives it up. It calls open,
+	// which makes the lock let in what comes, when nothing is left in the queue, and delivers
+	// what came meanwhile before it returns. The namespace can send by then.
+	Release(ctx context.Context, ns *Namespace, queue uint16, open func() error) (Queue, error)
+	// Drop gives up what Bind has taken, and all that it holds.
+	Drop(ns *Namespace)
+}
+
+// ErrNotHolding is a Holder's answer where nobody would stay to hold.
+var ErrNotHolding = errors.New("no resident process holds for this one")
+
+// Queue is what is known of the queue of a lock of mode hold, most of it by the kernel.
+type Queue struct {
+	// Number is the queue's; with Bound false nobody holds, and all is dropped.
+	Number uint16
+	Bound  bool
+	// Held are the packets in it now, Delivered those that came out of it, Overflowed those
+	// that found it full. Lost were held, and dropped by the kernel when a base chain of
+	// somebody else's in the namespace, or a network device, was removed.
+	Held, Delivered, Overflowed, Lost uint64
+}

@@ -1,0 +1,107 @@
+package nft
+
+// The lock of mode hold: what comes in goes to a queue instead of to the policy.
+
+import (
+	"fmt"
+
+	"github.com/google/nftables"
+
+	"github.com/criu-netlock/criu-netlock/netlock"
+	"github.com/criu-netlock/criu-netlock/nft/nfnl"
+)
+
+func (v view) mode() netlock.Mode {
+	if v.queue != nil {
+		return netlock.Hold
+	}
+	return netlock.Drop
+}
+
+// asWanted tells whether an intact lock is of the mode that was asked for, or as near to
+// it as we can come.
+func (s *session) asWanted(v view) bool {
+	switch {
+	case s.o.Mode != netlock.Hold:
+		return v.queue == nil
+	case s.o.Holder == nil || s.notHeld != nil:
+		return true // both drop, if it comes to that
+	}
+	return v.queue != nil && v.held.Bound
+}
+
+// bind takes a queue for the lock that is about to be made, if it is to hold.
+func (s *session) bind() {
+	if s.o.Mode != netlock.Hold || s.queue != nil || s.notHeld != nil {
+		return
+	}
+	if s.o.Holder == nil {
+		s.notHeld = netlock.ErrNotHolding
+		return
+	}
+	num, fresh, err := s.o.Holder.Bind(s.ctx, s.ns)
+	if err != nil {
+		s.notHeld = err
+		return
+	}
+	s.fresh = fresh
+	s.queue = &queue{num: num, compat: s.b.noQueue.Load()}
+}
+
+// unbind gives back what bind took, unless the Holder had it before.
+func (s *session) unbind() {
+	if s.queue != nil && s.fresh {
+		s.o.Holder.Drop(s.ns)
+	}
+	s.queue = nil
+}
+
+// noExpr goes on to the next way of queueing after the kernel has said that it does not
+// know the one that was tried.
+func (s *session) noExpr() {
+	if !s.queue.compat {
+		s.b.noQueue.Store(true)
+		s.queue.compat = true
+		return
+	}
+	s.notHeld = fmt.Errorf("%w: the kernel has neither nft_queue nor nft_compat with xt_NFQUEUE", netlock.ErrUnsupported)
+	s.unbind()
+}
+
+// count asks what became of the packets that a lock of mode hold has counted. Whatever
+// was neither held nor delivered was dropped.
+func (v *view) count() {
+	v.held = netlock.Queue{Number: v.queue.num}
+	st, there, err := nfnl.ReadQueue(v.queue.num)
+	if err != nil || !there {
+		return
+	}
+	v.held.Bound = true
+	v.held.Held, v.held.Overflowed = st.Held, st.Full+st.Unread
+	if out := st.Counted - st.Unread; out > st.Held {
+		v.held.Delivered = out - st.Held
+	}
+	if passed := v.held.Held + v.held.Delivered; v.in > passed {
+		v.in -= passed
+	} else {
+		v.in = 0
+	}
+}
+
+// deliver lets the namespace send again, has what is held delivered, and lets what comes
+// in. In this order: the answers to what is delivered are to get out, and when a base
+// chain is removed, ours or another, the kernel drops all that is held.
+func (s *session) deliver(v view, st *netlock.State) {
+	open := func(c chain) error {
+		return s.batch(s.ctx, 0, func(b *nftables.Conn) { addOpening(b, v.name, c.name) })
+	}
+	cs := chains()
+	err := open(cs[1])
+	if err == nil {
+		var q netlock.Queue
+		if q, err = s.o.Holder.Release(s.ctx, s.ns, v.queue.num, func() error { return open(cs[0]) }); err == nil {
+			st.Queue = q
+		}
+	}
+	st.NotDelivered = err // the table goes all the same, and what is held with it
+}
