@@ -536,3 +536,13 @@ func (tr *Traffic) resolve(ctx context.Context, n *NS, addr string) string {
 	})
 	return out
 }
+
+// ForceReadBuffer gives a socket room for so many bytes, whatever net.core.rmem_max says.
+func ForceReadBuffer(c *net.UDPConn, size int) error {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return err
+	}
+	e := raw.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, size) })
+	return errors.Join(e, err)
+}

@@ -1,0 +1,280 @@
+// Package hold keeps, for locks of mode hold, the packets that come into a namespace, in
+// the kernel, and delivers them at the unlock.
+//
+// A Holder binds an NFQUEUE of the namespace (nft/nfnl has the socket); the lock's rules
+// send there what comes in. The packets stay in the kernel: all that is read of one is
+// its length and its first byte, without which the kernel does not tell the length. When
+// the process ends the socket is closed, and the kernel drops what was held and all that
+// follows: a lock without its holder is one of mode drop.
+package hold
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/criu-netlock/criu-netlock/netlock"
+	"github.com/criu-netlock/criu-netlock/nft/nfnl"
+)
+
+// The bounds of what a namespace's queue holds. A small packet takes about 1.5 KiB of
+// the kernel's memory, one of 1,500 bytes 2.5 KiB.
+const (
+	DefaultPackets = 16384
+	DefaultBytes   = 64 << 20
+)
+
+// The queues that we take: from CRIU's mark on, where nobody else is likely to be.
+const (
+	firstQueue = 0xC114
+	queues     = 256
+)
+
+// Holder is a netlock.Holder for as long as the process lives. The zero value holds up
+// to the defaults.
+type Holder struct {
+	// Packets and Bytes bound what is held in one namespace; 0 means the default. At
+	// either bound what comes is dropped.
+	Packets uint32
+	Bytes   uint64
+
+	mu    sync.Mutex
+	holds map[uint64]*held // by the namespace's inode
+}
+
+var _ netlock.Holder = (*Holder)(nil)
+
+// held is one bound queue, and who reads its socket: unread, it would fill.
+type held struct {
+	*nfnl.Queue
+	bytes  uint64
+	stopFD int
+	done   chan struct{}
+}
+
+func newHeld(q *nfnl.Queue, bytes uint64) (*held, error) {
+	fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("eventfd: %w", err)
+	}
+	k := &held{Queue: q, bytes: bytes, stopFD: fd, done: make(chan struct{})}
+	go k.read()
+	return k, nil
+}
+
+// read keeps the socket empty, and has the kernel drop what comes when the bytes are full.
+func (k *held) read() {
+	defer close(k.done)
+	full := false
+	for {
+		stopped, err := k.Wait(k.stopFD)
+		if stopped || err != nil {
+			return
+		}
+		if _, size, _ := k.Seen(); size >= k.bytes && !full {
+			full = k.SetMaxLen(1) == nil // to keep those that are there, and no more
+		}
+	}
+}
+
+// stop ends read.
+func (k *held) stop() {
+	_, _ = unix.Write(k.stopFD, []byte{1, 0, 0, 0, 0, 0, 0, 0}) // it cannot fail: the count is 0
+	<-k.done
+	unix.Close(k.stopFD)
+}
+
+// Bind takes a queue of the namespace.
+func (h *Holder) Bind(ctx context.Context, ns *netlock.Namespace) (num uint16, fresh bool, err error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if k := h.holds[ns.Inode()]; k != nil {
+		return k.Number(), false, nil
+	}
+	var q *nfnl.Queue
+	err = ns.Do(func() error {
+		q, err = bind(ctx, h.packets())
+		return err
+	})
+	if err != nil {
+		return 0, false, failure("bind a queue", ns, err)
+	}
+	return q.Number(), true, h.add(ns, q)
+}
+
+// bind takes the first queue that is free.
+func bind(ctx context.Context, packets uint32) (q *nfnl.Queue, err error) {
+	for num := uint16(firstQueue); num < firstQueue+queues; num++ {
+		if _, there, e := nfnl.ReadQueue(num); e != nil || there {
+			err = errors.Join(e, nfnl.ErrQueueTaken)
+			continue
+		}
+		if q, err = nfnl.BindQueue(ctx, num, packets); !errors.Is(err, nfnl.ErrQueueTaken) {
+			return q, err
+		}
+	}
+	return nil, err
+}
+
+func (h *Holder) add(ns *netlock.Namespace, q *nfnl.Queue) error {
+	bytes := h.Bytes
+	if bytes == 0 {
+		bytes = DefaultBytes
+	}
+	k, err := newHeld(q, bytes)
+	if err != nil {
+		q.Close()
+		return failure("hold", ns, err)
+	}
+	if h.holds == nil {
+		h.holds = map[uint64]*held{}
+	}
+	h.holds[ns.Inode()] = k
+	return nil
+}
+
+func (h *Holder) packets() uint32 {
+	if h.Packets == 0 {
+		return DefaultPackets
+	}
+	return h.Packets
+}
+
+// take returns the hold of a namespace, which is no longer the Holder's.
+func (h *Holder) take(ns *netlock.Namespace, num int) *held {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	k := h.holds[ns.Inode()]
+	if k == nil || num >= 0 && int(k.Number()) != num {
+		return nil
+	}
+	delete(h.holds, ns.Inode())
+	return k
+}
+
+// Drop gives up what is held in a namespace.
+func (h *Holder) Drop(ns *netlock.Namespace) {
+	if k := h.take(ns, -1); k != nil {
+		k.stop()
+		k.Close()
+	}
+}
+
+// Close gives up everything.
+func (h *Holder) Close() {
+	h.mu.Lock()
+	all := h.holds
+	h.holds = nil
+	h.mu.Unlock()
+	for _, k := range all {
+		k.stop()
+		k.Close()
+	}
+}
+
+// Release delivers what a queue of ours holds.
+func (h *Holder) Release(ctx context.Context, ns *netlock.Namespace, num uint16, open func() error) (out netlock.Queue, err error) {
+	k := h.take(ns, int(num))
+	if k == nil {
+		return out, failure("deliver", ns, netlock.ErrNotHolding)
+	}
+	k.stop()
+	err = ns.Do(func() error {
+		out, err = release(ctx, k.Queue, criuMark(ctx), open)
+		return err
+	})
+	// The close may wait for an RCU grace period.
+	go k.Close()
+	if err != nil {
+		err = failure("deliver", ns, err)
+	}
+	return out, err
+}
+
+// release delivers until nothing is left, has the lock opened, and delivers what came
+// between. All that is in the queue goes through one verdict after the other, so nothing
+// of it overtakes anything; what comes while the lock opens goes on through the queue
+// until the kernel has the new rule, and a second thread delivers it without a pause, so
+// that what then comes past the queue does not overtake it.
+func release(ctx context.Context, q *nfnl.Queue, mark uint32, open func() error) (out netlock.Queue, err error) {
+	out = netlock.Queue{Number: q.Number(), Bound: true}
+	if out.Lost, err = lost(q.Number()); err != nil {
+		return out, err
+	}
+	if _, err := drain(ctx, q, mark, rushes); err != nil {
+		return out, err
+	}
+	_, _, last := q.Seen()
+	var (
+		stop    atomic.Bool
+		wg      sync.WaitGroup
+		running = make(chan struct{})
+	)
+	wg.Go(func() { q.Rush(last, mark, func() { close(running) }, &stop) })
+	<-running
+	err = open()
+	stop.Store(true)
+	wg.Wait()
+	if err != nil {
+		return out, err
+	}
+	after, err := drain(ctx, q, mark, 0)
+	out.Overflowed = after.Full + after.Unread
+	if in := after.Counted - after.Unread; in > out.Lost+after.Held {
+		out.Delivered = in - out.Lost - after.Held
+	}
+	return out, err
+}
+
+// rushes bounds how often the queue is emptied while packets still come to it: they may
+// come faster than it empties.
+const rushes = 100
+
+// drain delivers until the queue is empty; with a bound other than 0 no more often.
+func drain(ctx context.Context, q *nfnl.Queue, mark uint32, bound int) (st nfnl.QueueStat, err error) {
+	for n := 1; ; n++ {
+		_, _, last := q.Seen()
+		if err := q.Accept(last, mark); err != nil {
+			return st, fmt.Errorf("verdict: %w", err)
+		}
+		if st, _, err = nfnl.ReadQueue(q.Number()); err != nil || st.Held == 0 || n == bound {
+			return st, err
+		}
+		if err := ctx.Err(); err != nil {
+			return st, err
+		}
+	}
+}
+
+// lost is what came into a queue and is not there, before anything is delivered. The
+// kernel does not read its numbers at one moment: under a flood some may not be noticed.
+func lost(num uint16) (uint64, error) {
+	before, _, err := nfnl.ReadQueue(num)
+	if err != nil {
+		return 0, err
+	}
+	now, _, err := nfnl.ReadQueue(num)
+	if kept := now.Held + now.Unread; before.Counted > kept {
+		return before.Counted - kept, err
+	}
+	return 0, err
+}
+
+// failure words an error.
+func failure(op string, ns *netlock.Namespace, err error) error {
+	e := &netlock.Error{Kind: netlock.KindOther, Op: op, Namespace: ns.String(), Backend: "nfqueue", Err: err}
+	switch {
+	case errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EPROTONOSUPPORT):
+		e.Kind, e.Hint = netlock.KindNoBackend, "the kernel lacks nfnetlink_queue; use mode drop"
+		e.Err = fmt.Errorf("%w: %w", netlock.ErrUnsupported, err)
+	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
+		e.Kind, e.Hint = netlock.KindDeadline, "raise the timeout"
+	case errors.Is(err, unix.EPERM):
+		e.Kind, e.Hint = netlock.KindPrivilege, netlock.MissingCapability(unix.CAP_NET_ADMIN)
+	}
+	return e
+}

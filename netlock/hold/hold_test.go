@@ -1,0 +1,723 @@
+package hold_test
+
+import (
+	"bufio"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/criu-netlock/criu-netlock/netlock"
+	"github.com/criu-netlock/criu-netlock/netlock/hold"
+	"github.com/criu-netlock/criu-netlock/netlock/netlocktest"
+	"github.com/criu-netlock/criu-netlock/nft"
+	"github.com/criu-netlock/criu-netlock/nft/nfnl"
+)
+
+const helperPID = "HOLD_TEST_PID"
+
+// TestMain makes the test binary a holder, for the test that kills it.
+func TestMain(m *testing.M) {
+	if pid, err := strconv.Atoi(os.Getenv(helperPID)); err == nil {
+		os.Exit(helper(pid))
+	}
+	os.Exit(netlocktest.HostUntouched(m))
+}
+
+// helper locks and holds until it is killed, or its standard input ends.
+func helper(pid int) int {
+	ns, err := netlock.FromPID(pid)
+	if err == nil {
+		var res netlock.Result
+		res, err = nft.New().Lock(context.Background(), ns, options(&hold.Holder{}))
+		if err == nil && res.Mode != netlock.Hold {
+			err = res.NotHeld
+		}
+	}
+	fmt.Println(err)
+	_, _ = io.Copy(io.Discard, os.Stdin)
+	return 0
+}
+
+func options(h netlock.Holder) netlock.Options {
+	// What IPv6 sends by itself is not to be counted.
+	return netlock.Options{Mode: netlock.Hold, Holder: h, Allow: []netlock.Rule{{Proto: "icmpv6"}}, Caller: netlock.Caller{PID: 4711, Name: "criu"}}
+}
+
+// lab is a pair, and a backend that locks its inside in mode hold.
+type lab struct {
+	*netlocktest.Pair
+	t *testing.T
+	b *nft.Backend
+	h *hold.Holder
+	o netlock.Options
+}
+
+func newLab(t *testing.T, h *hold.Holder) *lab {
+	l := &lab{Pair: netlocktest.NewPair(t), t: t, b: nft.New(), h: h}
+	l.o = options(h)
+	t.Cleanup(func() { h.Close(); l.b.Wait() })
+	return l
+}
+
+func (l *lab) lock() {
+	l.t.Helper()
+	res, err := l.b.Lock(l.t.Context(), l.Inside.Netns(), l.o)
+	if err != nil || res.Mode != netlock.Hold || res.NotHeld != nil {
+		l.t.Fatalf("lock: %+v, %v", res, err)
+	}
+}
+
+func (l *lab) unlock() netlock.State {
+	l.t.Helper()
+	st, err := l.b.Unlock(l.t.Context(), l.Inside.Netns(), l.o)
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	return st
+}
+
+func (l *lab) state() netlock.State {
+	l.t.Helper()
+	st, err := l.b.State(l.t.Context(), l.Inside.Netns(), l.o)
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	return st
+}
+
+// waitHeld waits until so many packets are held.
+func (l *lab) waitHeld(n uint64) {
+	l.t.Helper()
+	if err := netlocktest.Until(func() (bool, error) { return l.state().Queue.Held >= n, nil }); err != nil {
+		l.t.Fatalf("held %d, want %d: %v", l.state().Queue.Held, n, err)
+	}
+}
+
+const port = 7801
+
+// flow sends numbered datagrams to the inside and reads them there.
+type flow struct {
+	t    *testing.T
+	in   *net.UDPConn
+	out  *net.UDPConn
+	next uint64
+}
+
+func (l *lab) flow(network, addr string, rcvbuf int) *flow {
+	l.t.Helper()
+	f := &flow{t: l.t}
+	to := net.JoinHostPort(addr, strconv.Itoa(port))
+	err := l.Inside.Do(func() error {
+		c, err := net.ListenPacket(network, to)
+		if err == nil {
+			f.in = c.(*net.UDPConn)
+			err = netlocktest.ForceReadBuffer(f.in, rcvbuf)
+		}
+		return err
+	})
+	if err == nil {
+		err = l.Peer.Do(func() error {
+			c, err := net.Dial(network, to)
+			if err == nil {
+				f.out = c.(*net.UDPConn)
+			}
+			return err
+		})
+	}
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	l.t.Cleanup(func() { f.in.Close(); f.out.Close() })
+	return f
+}
+
+func (f *flow) send(n int) {
+	f.t.Helper()
+	for range n {
+		f.next++
+		if _, err := f.out.Write(binary.BigEndian.AppendUint64(nil, f.next)); err != nil {
+			f.t.Fatal(err)
+		}
+	}
+}
+
+// expect reads all numbers from one on, in order, up to another.
+func (f *flow) expect(from, to uint64) {
+	f.t.Helper()
+	f.in.SetReadDeadline(time.Now().Add(10 * time.Second))
+	b := make([]byte, 16)
+	for want := from; want <= to; want++ {
+		n, err := f.in.Read(b)
+		if err != nil || n != 8 {
+			f.t.Fatalf("waiting for %d: %d bytes, %v", want, n, err)
+		}
+		if got := binary.BigEndian.Uint64(b); got != want {
+			f.t.Fatalf("got %d, want %d", got, want)
+		}
+	}
+}
+
+// nothing reads nothing.
+func (f *flow) nothing() {
+	f.t.Helper()
+	f.in.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
+	b := make([]byte, 16)
+	if n, err := f.in.Read(b); !errors.Is(err, os.ErrDeadlineExceeded) {
+		f.t.Fatalf("%d bytes came, %v", n, err)
+	}
+}
+
+// What is held arrives whole and in order at the unlock, and nothing before; the
+// namespace is then as it was.
+func TestHold(t *testing.T) {
+	l := newLab(t, &hold.Holder{})
+	rules := func() string { return l.Inside.Run("", "nft", "list", "ruleset") }
+	for _, f := range []*flow{l.flow("udp4", netlocktest.InsideV4, 1<<20), l.flow("udp6", netlocktest.InsideV6, 1<<20)} {
+		f.send(3)
+		f.expect(1, 3)
+		l.lock()
+		st := l.state()
+		if !st.Locked || !st.Intact || st.Mode != netlock.Hold || !st.Queue.Bound {
+			t.Fatalf("locked: %+v", st)
+		}
+		f.send(200)
+		l.waitHeld(200)
+		f.nothing()
+		if st := l.state(); st.Queue.Held != 200 || st.DroppedIn != 0 || st.Queue.Overflowed != 0 {
+			t.Errorf("with 200 held: %+v", st)
+		}
+		st = l.unlock()
+		if st.NotDelivered != nil || st.Queue.Delivered != 200 || st.Queue.Held+st.Queue.Lost+st.Queue.Overflowed != 0 {
+			t.Errorf("unlocked: %+v", st)
+		}
+		f.send(3)
+		f.expect(4, 206)
+		if left := rules(); left != "" {
+			t.Errorf("left behind:\n%s", left)
+		}
+		if q := l.queues(); q != "" {
+			t.Errorf("left behind: queue %s", q)
+		}
+	}
+}
+
+// queues are those of the namespace, once the closes that run on are over.
+func (l *lab) queues() (text string) {
+	l.t.Helper()
+	_ = netlocktest.Until(func() (bool, error) {
+		b, err := "", error(nil)
+		err = l.Inside.Do(func() error {
+			raw, err := os.ReadFile("/proc/thread-self/net/netfilter/nfnetlink_queue")
+			b = strings.TrimSpace(string(raw))
+			return err
+		})
+		text = b
+		return b == "", err
+	})
+	return text
+}
+
+// flood sends and reads as fast as both go, until the function that it returns is
+// called: it tells what was sent and how much came out of turn.
+func (f *flow) flood() (end func() (sent, late uint64)) {
+	var (
+		stop  atomic.Bool
+		count = make(chan uint64)
+		done  = make(chan error)
+		late  uint64
+	)
+	const last = ^uint64(0)
+	go func() {
+		n := uint64(0)
+		for !stop.Load() {
+			if _, err := f.out.Write(binary.BigEndian.AppendUint64(nil, n+1)); err == nil {
+				n++
+			}
+		}
+		count <- n
+	}()
+	var got uint64
+	read := func() error {
+		b := make([]byte, 16)
+		var most, behind uint64
+		for {
+			n, err := f.in.Read(b)
+			if err != nil || n != 8 {
+				return fmt.Errorf("after %d: %d bytes, %w", most, n, err)
+			}
+			switch v := binary.BigEndian.Uint64(b); {
+			case v == last:
+				return nil
+			case v > most:
+				got += 1
+				most = v
+			case v <= behind:
+				return fmt.Errorf("%d came after %d, and both had been held, or it came twice", v, behind)
+			default:
+				got++
+				late++
+				behind = v
+			}
+		}
+	}
+	go func() { done <- read() }()
+	return func() (uint64, uint64) {
+		f.t.Helper()
+		stop.Store(true)
+		n := <-count
+		if _, err := f.out.Write(binary.BigEndian.AppendUint64(nil, last)); err != nil {
+			f.t.Fatal(err)
+		}
+		f.in.SetReadDeadline(time.Now().Add(10 * time.Second))
+		if err := <-done; err != nil {
+			f.t.Fatal(err)
+		}
+		if got != n {
+			f.t.Fatalf("%d sent, %d came", n, got)
+		}
+		return n, late
+	}
+}
+
+// A flood goes on through lock after lock: nothing of it is lost or comes twice, and
+// nothing that was held overtakes anything. What comes at the very moment of the unlock
+// may overtake the last few that were held.
+func TestFlood(t *testing.T) {
+	l := newLab(t, &hold.Holder{Packets: 500_000, Bytes: 1 << 30})
+	end := l.flow("udp4", netlocktest.InsideV4, 512<<20).flood()
+	const rounds = 50
+	delivered := uint64(0)
+	for range rounds {
+		l.lock()
+		l.waitHeld(l.state().Queue.Held + 50)
+		st := l.unlock()
+		if st.NotDelivered != nil || st.Queue.Overflowed+st.Queue.Lost != 0 {
+			t.Fatalf("%+v", st)
+		}
+		delivered += st.Queue.Delivered
+	}
+	sent, late := end()
+	t.Logf("%d sent, %d of them held, %d out of turn", sent, delivered, late)
+	if late > sent/20 {
+		t.Errorf("%d of %d came out of turn", late, sent)
+	}
+}
+
+// A stream with gaps of a millisecond arrives whole and in order.
+func TestStream(t *testing.T) {
+	l := newLab(t, &hold.Holder{})
+	f := l.flow("udp4", netlocktest.InsideV4, 64<<20)
+	stop, stopped := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(stopped)
+		for {
+			select {
+			case <-stop:
+				return
+			case <-time.After(time.Millisecond): // never two at once, as a ticker has them
+				f.next++
+				_, _ = f.out.Write(binary.BigEndian.AppendUint64(nil, f.next))
+			}
+		}
+	}()
+	for range 20 {
+		l.lock()
+		l.waitHeld(l.state().Queue.Held + 10)
+		if st := l.unlock(); st.NotDelivered != nil || st.Queue.Delivered < 10 {
+			t.Fatalf("%+v", st)
+		}
+	}
+	close(stop)
+	<-stopped
+	f.expect(1, f.next)
+}
+
+// Beyond its bounds the queue drops what comes; what it holds it delivers.
+func TestBounds(t *testing.T) {
+	t.Run("packets", func(t *testing.T) {
+		l := newLab(t, &hold.Holder{Packets: 50})
+		f := l.flow("udp4", netlocktest.InsideV4, 1<<20)
+		l.lock()
+		f.send(120)
+		if st := l.state(); st.Queue.Held != 50 || st.Queue.Overflowed != 70 || st.DroppedIn != 70 {
+			t.Errorf("after 120 packets: %+v", st)
+		}
+		if st := l.unlock(); st.Queue.Delivered != 50 || st.Queue.Overflowed != 70 {
+			t.Errorf("unlocked: %+v", st)
+		}
+		f.expect(1, 50)
+		f.nothing()
+	})
+	t.Run("bytes", func(t *testing.T) {
+		const bound, size = 100_000, 1000
+		l := newLab(t, &hold.Holder{Bytes: bound})
+		f := l.flow("udp4", netlocktest.InsideV4, 1<<20)
+		l.lock()
+		// Each has 28 bytes of headers; the holder notices a moment later than the kernel.
+		n := uint64(0)
+		for l.state().Queue.Overflowed == 0 && n < 10*bound/size {
+			if _, err := f.out.Write(make([]byte, size)); err != nil {
+				t.Fatal(err)
+			}
+			n++
+		}
+		st := l.state()
+		if st.Queue.Held < bound/(size+28) || st.Queue.Held >= n || st.Queue.Overflowed == 0 {
+			t.Errorf("after %d packets of %d bytes: %+v", n, size+28, st)
+		}
+		if un := l.unlock(); un.Queue.Delivered != st.Queue.Held {
+			t.Errorf("unlocked: %+v", un)
+		}
+	})
+}
+
+// Without a holder nothing passes, neither what was held nor what comes.
+func (l *lab) expectGone(f *flow) {
+	l.t.Helper()
+	f.send(10)
+	f.nothing()
+	st := l.state()
+	if !st.Locked || !st.Intact || st.Mode != netlock.Hold || st.Queue.Bound || st.DroppedIn < 20 {
+		l.t.Errorf("without a holder: %+v", st)
+	}
+	if st := l.unlock(); st.NotDelivered == nil {
+		l.t.Errorf("unlocked without a holder: %+v", st)
+	}
+	f.nothing()
+	f.send(1)
+	f.expect(f.next, f.next)
+}
+
+func TestHolderGone(t *testing.T) {
+	l := newLab(t, &hold.Holder{})
+	f := l.flow("udp4", netlocktest.InsideV4, 1<<20)
+	l.lock()
+	f.send(10)
+	l.waitHeld(10)
+	l.h.Drop(l.Inside.Netns())
+	l.expectGone(f)
+}
+
+func TestHolderKilled(t *testing.T) {
+	l := newLab(t, &hold.Holder{})
+	f := l.flow("udp4", netlocktest.InsideV4, 1<<20)
+	c := exec.Command(os.Args[0])
+	c.Env = append(os.Environ(), helperPID+"="+strconv.Itoa(l.Inside.PID()))
+	stdin, err := c.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stdin.Close()
+	out, err := c.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer c.Wait()
+	if line, _ := bufio.NewReader(out).ReadString('\n'); line != "<nil>\n" {
+		t.Fatalf("the holder says %q", line)
+	}
+	f.send(10)
+	l.waitHeld(10)
+	if err := c.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	_ = c.Wait()
+	l.expectGone(f)
+}
+
+// Somebody else's queue, and what is in it, are not touched.
+func TestOtherQueue(t *testing.T) {
+	l := newLab(t, &hold.Holder{})
+	f := l.flow("udp4", netlocktest.InsideV4, 1<<20)
+	var theirs *nfnl.Queue
+	err := l.Inside.Do(func() (err error) {
+		theirs, err = nfnl.BindQueue(t.Context(), 0xC114, 100)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer theirs.Close()
+	l.Inside.Run("", "iptables-legacy", "-I", "INPUT", "-p", "udp", "--dport", strconv.Itoa(port), "-j", "NFQUEUE", "--queue-num", strconv.Itoa(0xC114))
+	stat := func() (st nfnl.QueueStat) {
+		_ = l.Inside.Do(func() (err error) {
+			st, _, err = nfnl.ReadQueue(0xC114)
+			return err
+		})
+		return st
+	}
+	l.lock()
+	f.send(10)
+	l.waitHeld(10)
+	if st := l.state(); st.Queue.Number == 0xC114 || stat().Held != 0 {
+		t.Errorf("locked: %+v; their queue: %+v", st, stat())
+	}
+	if st := l.unlock(); st.Queue.Delivered != 10 {
+		t.Errorf("unlocked: %+v", st)
+	}
+	// Ours are now theirs: the unlock has removed base chains, but theirs came to the queue
+	// before, and is dropped by the kernel with them. What comes from now on is theirs.
+	f.nothing()
+	f.send(5)
+	if st := stat(); st.Held != 5 {
+		t.Errorf("their queue: %+v", st)
+	}
+	_, _, last := theirs.Seen()
+	if err := theirs.Accept(last, 0); err != nil {
+		t.Fatal(err)
+	}
+	f.expect(11, 15)
+}
+
+// A base chain of somebody else's that is removed takes what is held along, and the
+// unlock says so.
+func TestBaseChainRemoved(t *testing.T) {
+	l := newLab(t, &hold.Holder{})
+	f := l.flow("udp4", netlocktest.InsideV4, 1<<20)
+	l.Inside.Run("table ip theirs { chain c { type filter hook postrouting priority 0; }; }\n", "nft", "-f", "-")
+	l.lock()
+	f.send(10)
+	l.waitHeld(10)
+	l.Inside.Run("", "nft", "delete", "table", "ip", "theirs")
+	f.send(5)
+	l.waitHeld(5)
+	if st := l.unlock(); st.Queue.Lost != 10 || st.Queue.Delivered != 5 {
+		t.Errorf("unlocked: %+v", st)
+	}
+	f.expect(11, 15)
+}
+
+// Beside CRIU's own lock what is delivered has CRIU's mark; without it, no mark.
+func TestMark(t *testing.T) {
+	seen := "table inet seen { chain c { type filter hook prerouting priority -200; udp dport 7801 meta mark 0xc114 counter; }; }\n"
+	for name, theirs := range map[string][]string{
+		"none":            nil,
+		"nftables":        {"nft", "add table inet CRIU-1; add chain inet CRIU-1 input { type filter hook input priority 0; policy drop; }; add rule inet CRIU-1 input meta mark 0xc114 accept"},
+		"iptables-legacy": {"sh", "-c", "iptables-legacy -N CRIU && iptables-legacy -I INPUT -j CRIU && iptables-legacy -A CRIU -m mark --mark 0xc114 -j ACCEPT && iptables-legacy -A CRIU -j DROP"},
+		"iptables-nft":    {"sh", "-c", "iptables-nft -N CRIU && iptables-nft -I INPUT -j CRIU && iptables-nft -A CRIU -m mark --mark 0xc114 -j ACCEPT && iptables-nft -A CRIU -j DROP"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			l := newLab(t, &hold.Holder{})
+			f := l.flow("udp4", netlocktest.InsideV4, 1<<20)
+			l.Inside.Run(seen, "nft", "-f", "-")
+			if theirs != nil {
+				l.Inside.Run("", theirs[0], theirs[1:]...)
+			}
+			l.lock()
+			f.send(10)
+			l.waitHeld(10)
+			if st := l.unlock(); st.Queue.Delivered != 10 {
+				t.Errorf("unlocked: %+v", st)
+			}
+			f.expect(1, 10)
+			marked := strings.Contains(l.Inside.Run("", "nft", "list", "table", "inet", "seen"), "packets 10 ")
+			if marked != (theirs != nil) {
+				t.Errorf("what was delivered has CRIU's mark: %v", marked)
+			}
+		})
+	}
+}
+
+// A connection that begins under the lock waits for its end, not for the next SYN; one
+// that is there goes on then, not after the retransmission's time-out. No peer has to
+// send anything twice.
+func TestTCP(t *testing.T) {
+	l := newLab(t, &hold.Holder{})
+	addr := net.JoinHostPort(netlocktest.InsideV4, strconv.Itoa(port))
+	var listener net.Listener
+	err := l.Inside.Do(func() (err error) {
+		var c net.ListenConfig
+		c.SetMultipathTCP(false)
+		listener, err = c.Listen(t.Context(), "tcp", addr)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	go func() {
+		for {
+			c, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			go func() { defer c.Close(); _, _ = io.Copy(c, c) }()
+		}
+	}()
+	dial := func() (c net.Conn, err error) {
+		err = l.Peer.Do(func() error {
+			c, err = net.DialTimeout("tcp", addr, 10*time.Second)
+			return err
+		})
+		return c, err
+	}
+	old, err := dial()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer old.Close()
+	answer := func(c net.Conn) error {
+		if _, err := c.Write([]byte("x")); err != nil {
+			return err
+		}
+		_ = c.SetReadDeadline(time.Now().Add(10 * time.Second))
+		_, err := io.ReadFull(c, make([]byte, 1))
+		return err
+	}
+	if err := answer(old); err != nil {
+		t.Fatal(err)
+	}
+	l.lock()
+	type result struct {
+		c   net.Conn
+		err error
+		at  time.Time
+	}
+	fresh, goneOn := make(chan result, 1), make(chan result, 1)
+	go func() {
+		c, err := dial()
+		fresh <- result{c, err, time.Now()}
+	}()
+	go func() {
+		err := answer(old)
+		goneOn <- result{old, err, time.Now()}
+	}()
+	l.waitHeld(2)
+	start := time.Now()
+	if st := l.unlock(); st.Queue.Delivered < 2 {
+		t.Errorf("unlocked: %+v", st)
+	}
+	for name, ch := range map[string]chan result{"a new connection": fresh, "the old connection": goneOn} {
+		r := <-ch
+		if r.err != nil {
+			t.Fatalf("%s: %v", name, r.err)
+		}
+		defer r.c.Close()
+		raw, err := r.c.(*net.TCPConn).SyscallConn()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var info *unix.TCPInfo
+		if e := raw.Control(func(fd uintptr) { info, err = unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO) }); err != nil || e != nil {
+			t.Fatal(err, e)
+		}
+		t.Logf("%s: %v after the unlock began, %d segments sent twice", name, r.at.Sub(start), info.Total_retrans)
+		if info.Total_retrans != 0 {
+			t.Errorf("%s sent %d segments twice", name, info.Total_retrans)
+		}
+	}
+}
+
+// One lock becomes another of the other mode without a gap, and with the Holder gone
+// from it the queue is given up.
+func TestModes(t *testing.T) {
+	l := newLab(t, &hold.Holder{})
+	end := l.flow("udp4", netlocktest.InsideV4, 512<<20)
+	drop := l.o
+	drop.Mode, drop.Holder = netlock.Drop, nil
+	lock := func(o netlock.Options, want netlock.Mode, already bool) {
+		t.Helper()
+		res, err := l.b.Lock(t.Context(), l.Inside.Netns(), o)
+		if err != nil || res.Mode != want || res.Already != already {
+			t.Fatalf("%+v, %v; want mode %s, already %v", res, err, want, already)
+		}
+		st := l.state()
+		if st.Mode != want || !st.Intact {
+			t.Fatalf("%+v; want mode %s", st, want)
+		}
+	}
+	without := l.o
+	without.Holder = nil
+	for range 20 {
+		lock(drop, netlock.Drop, false)
+		lock(without, netlock.Drop, true)
+		lock(l.o, netlock.Hold, false)
+		lock(without, netlock.Hold, true)
+		lock(l.o, netlock.Hold, true)
+		end.send(3)
+		lock(drop, netlock.Drop, false)
+		l.h.Drop(l.Inside.Netns())
+		lock(without, netlock.Drop, true)
+		if st := l.unlock(); !st.Intact || st.Mode != netlock.Drop {
+			t.Fatalf("%+v", st)
+		}
+	}
+	end.nothing()
+	end.send(1)
+	end.expect(end.next, end.next)
+}
+
+// The queue dies with its namespace even while it holds.
+func TestNamespaceGone(t *testing.T) {
+	l := newLab(t, &hold.Holder{})
+	f := l.flow("udp4", netlocktest.InsideV4, 1<<20)
+	l.lock()
+	f.send(100)
+	l.waitHeld(100)
+	l.Inside.Run("", "ip", "link", "delete", "peer")
+	// The kernel drops what has come in by a device that is gone.
+	if err := netlocktest.Until(func() (bool, error) { return l.state().Queue.Held == 0, nil }); err != nil {
+		t.Errorf("%+v: %v", l.state(), err)
+	}
+	if st := l.unlock(); st.Queue.Lost < 100 || st.Queue.Delivered != 0 {
+		t.Errorf("%+v", st)
+	}
+}
+
+// What 50,000 held packets cost.
+func TestMany(t *testing.T) {
+	const n = 50_000
+	l := newLab(t, &hold.Holder{Packets: n, Bytes: 1 << 30})
+	f := l.flow("udp4", netlocktest.InsideV4, 512<<20)
+	l.lock()
+	before := memFree(t)
+	f.send(n)
+	l.waitHeld(n)
+	used := before - memFree(t)
+	start := time.Now()
+	st := l.unlock()
+	took := time.Since(start)
+	if st.Queue.Delivered != n || st.Queue.Overflowed != 0 {
+		t.Errorf("unlocked: %+v", st)
+	}
+	f.expect(1, n)
+	t.Logf("%d held: %d bytes of memory each, delivered in %v", n, used/n, took)
+	if used > n*8192 || took > 2*time.Second {
+		t.Errorf("%d bytes of memory, %v", used, took)
+	}
+}
+
+// memFree is the free memory of this machine, in bytes.
+func memFree(t *testing.T) int {
+	t.Helper()
+	b, err := os.ReadFile("/proc/meminfo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(b)) {
+		if f := strings.Fields(line); f[0] == "MemFree:" {
+			kb, err := strconv.Atoi(f[1])
+			if err != nil {
+				t.Fatal(err)
+			}
+			return kb << 10
+		}
+	}
+	t.Fatal("no MemFree in /proc/meminfo")
+	return 0
+}

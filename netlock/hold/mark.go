@@ -1,0 +1,102 @@
+package hold
+
+// CRIU's own lock, beside which a delivered packet needs CRIU's mark.
+
+import (
+	"bytes"
+	"context"
+	"os"
+	"strings"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/criu-netlock/criu-netlock/nft/nfnl"
+)
+
+// criusMark is SOCCR_MARK, which CRIU's own lock accepts at input.
+const criusMark = 0xC114
+
+// criuMark is the mark that delivered packets get: CRIU's if its own lock is in force in
+// the calling thread's namespace, and none otherwise, for a container's rules may go by
+// marks. What cannot be read counts as no lock.
+func criuMark(ctx context.Context) uint32 {
+	if nftLocked(ctx) || legacyLocked() {
+		return criusMark
+	}
+	return 0
+}
+
+// nftLocked looks for the table inet CRIU-…, and for the chain CRIU that iptables-nft makes.
+func nftLocked(ctx context.Context) bool {
+	conn, err := nfnl.Dial()
+	if err != nil {
+		return false
+	}
+	defer conn.Close()
+	chain := nfnl.AttrString(nfnl.AttrString(nil, unix.NFTA_CHAIN_TABLE, "filter"), unix.NFTA_CHAIN_NAME, "CRIU")
+	ans, err := conn.Ask(ctx,
+		nfnl.Request{Cmd: unix.NFT_MSG_GETCHAIN, Family: unix.NFPROTO_IPV4, Attrs: chain},
+		nfnl.Request{Cmd: unix.NFT_MSG_GETTABLE, Dump: true})
+	if err != nil {
+		return false
+	}
+	if len(ans[0].Objects) > 0 {
+		return true
+	}
+	found := false
+	for _, o := range ans[1].Objects {
+		nfnl.Walk(o.Attrs, func(typ uint16, b []byte) {
+			found = found || typ == unix.NFTA_TABLE_NAME && strings.HasPrefix(nfnl.Str(b), "CRIU-")
+		})
+	}
+	return found
+}
+
+// From linux/netfilter_ipv4/ip_tables.h.
+const (
+	iptSoGetInfo    = 64
+	iptSoGetEntries = 65
+	xtTableName     = 32
+	iptGetInfo      = 84 // struct ipt_getinfo; its last member is the size of the entries
+	maxEntries      = 64 << 20
+)
+
+// legacyLocked looks for the chain CRIU in the legacy table filter, if the namespace has
+// one: to ask for a table that is not there would make it.
+func legacyLocked() bool {
+	names, err := os.ReadFile("/proc/thread-self/net/ip_tables_names")
+	if err != nil || !bytes.Contains(append([]byte("\n"), names...), []byte("\nfilter\n")) {
+		return false
+	}
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
+	if err != nil {
+		return false
+	}
+	defer unix.Close(fd)
+	info := make([]byte, iptGetInfo)
+	copy(info, "filter")
+	if getsockopt(fd, iptSoGetInfo, info) != nil {
+		return false
+	}
+	size := *(*uint32)(unsafe.Pointer(&info[iptGetInfo-4]))
+	if size > maxEntries {
+		return false
+	}
+	// struct ipt_get_entries: the name, the size, and the entries, which are aligned.
+	entries := make([]byte, xtTableName+8+int(size))
+	copy(entries, "filter")
+	*(*uint32)(unsafe.Pointer(&entries[xtTableName])) = size
+	// A chain begins with the target ERROR, whose data are its name.
+	return getsockopt(fd, iptSoGetEntries, entries) == nil && bytes.Contains(entries, []byte("\x00CRIU\x00"))
+}
+
+func getsockopt(fd, name int, b []byte) error {
+	size := uint32(len(b))
+	_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), unix.IPPROTO_IP, uintptr(name),
+		uintptr(unsafe.Pointer(&b[0])), uintptr(unsafe.Pointer(&size)), 0)
+	if errno != 0 {
+		return errno
+	}
+	return nil
+}
