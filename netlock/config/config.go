@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -41,6 +42,19 @@ const (
 	IPTables = "iptables"
 )
 
+// The values of the key mode.
+const (
+	Drop = "drop"
+	Hold = "hold"
+)
+
+// Bounds of hold-packets and hold-bytes.
+const (
+	MaxHoldPackets = 1 << 20
+	MinHoldBytes   = 64 << 10
+	MaxHoldBytes   = 4 << 30
+)
+
 // Config is what a user can set.
 type Config struct {
 	// Backend is Auto, NFT or IPTables.
@@ -60,11 +74,19 @@ type Config struct {
 	// CRIU is the program that criu-netlock in CRIU's place hands on to, an absolute path;
 	// empty for the next criu in PATH.
 	CRIU string
+	// Mode is Drop, Hold or Auto: what becomes of what comes in.
+	Mode string
+	// HoldPackets and HoldBytes bound what is held in a namespace.
+	HoldPackets uint32
+	HoldBytes   uint64
 }
 
 // Default is what an absent file means.
 func Default() Config {
-	return Config{Backend: Auto, Timeout: 5 * time.Second, LogLevel: "info", Guard: true, GuardTimeout: time.Minute, OnFailedRestore: "previous"}
+	return Config{
+		Backend: Auto, Timeout: 5 * time.Second, LogLevel: "info", Guard: true, GuardTimeout: time.Minute, OnFailedRestore: "previous",
+		Mode: Drop, HoldPackets: 16384, HoldBytes: 64 << 20,
+	}
 }
 
 // Path is the file that the environment names.
@@ -83,6 +105,27 @@ func ParseLogLevel(s string) (string, error) { return oneOf(s, "debug", "info", 
 
 // ParseOnFailedRestore checks a value of the key on-failed-restore.
 func ParseOnFailedRestore(s string) (string, error) { return oneOf(s, "previous", "keep", "unlock") }
+
+// ParseMode checks a value of the key mode.
+func ParseMode(s string) (string, error) { return oneOf(s, Drop, Hold, Auto) }
+
+// checkNumber checks a number as TOML writes it.
+func checkNumber(key, s string) error {
+	var least, most int64
+	switch key {
+	case "hold-packets":
+		least, most = 1, MaxHoldPackets
+	case "hold-bytes":
+		least, most = MinHoldBytes, MaxHoldBytes
+	default:
+		return nil // of a wrong type, which the decoder tells
+	}
+	n, err := strconv.ParseInt(s, 0, 64)
+	if err != nil || n < least || n > most {
+		return fmt.Errorf("%s is out of range; want %d to %d", clip(s), least, most)
+	}
+	return nil
+}
 
 // ParseCRIU checks a value of the key criu.
 func ParseCRIU(s string) (string, error) {
@@ -203,6 +246,9 @@ func Parse(path string, text []byte) (Config, error) {
 		GuardTimeout    *string `toml:"guard-timeout"`
 		OnFailedRestore *string `toml:"on-failed-restore"`
 		CRIU            *string `toml:"criu"`
+		Mode            *string `toml:"mode"`
+		HoldPackets     *int64  `toml:"hold-packets"`
+		HoldBytes       *int64  `toml:"hold-bytes"`
 	}
 	if err := strict(path, text); err != nil {
 		return cfg, fail(err)
@@ -224,6 +270,9 @@ func Parse(path string, text []byte) (Config, error) {
 		GuardTimeout    value `toml:"guard-timeout"`
 		OnFailedRestore value `toml:"on-failed-restore"`
 		CRIU            value `toml:"criu"`
+		Mode            value `toml:"mode"`
+		HoldPackets     int64 `toml:"hold-packets"`
+		HoldBytes       int64 `toml:"hold-bytes"`
 	}{
 		Backend:         value{func(s string) (err error) { set.Backend, err = ParseBackend(s); return err }},
 		Timeout:         value{func(s string) (err error) { set.Timeout, err = ParseTimeout(s); return err }},
@@ -231,12 +280,13 @@ func Parse(path string, text []byte) (Config, error) {
 		GuardTimeout:    value{func(s string) (err error) { set.GuardTimeout, err = ParseGuardTimeout(s); return err }},
 		OnFailedRestore: value{func(s string) (err error) { set.OnFailedRestore, err = ParseOnFailedRestore(s); return err }},
 		CRIU:            value{func(s string) (err error) { set.CRIU, err = ParseCRIU(s); return err }},
+		Mode:            value{func(s string) (err error) { set.Mode, err = ParseMode(s); return err }},
 	}
 	check := func() error {
 		for _, f := range []struct {
 			s *string
 			v value
-		}{{raw.Backend, fields.Backend}, {raw.Timeout, fields.Timeout}, {raw.LogLevel, fields.LogLevel}, {raw.GuardTimeout, fields.GuardTimeout}, {raw.OnFailedRestore, fields.OnFailedRestore}, {raw.CRIU, fields.CRIU}} {
+		}{{raw.Backend, fields.Backend}, {raw.Timeout, fields.Timeout}, {raw.LogLevel, fields.LogLevel}, {raw.GuardTimeout, fields.GuardTimeout}, {raw.OnFailedRestore, fields.OnFailedRestore}, {raw.CRIU, fields.CRIU}, {raw.Mode, fields.Mode}} {
 			if f.s != nil {
 				if err := f.v.set(*f.s); err != nil {
 					return err
@@ -245,6 +295,12 @@ func Parse(path string, text []byte) (Config, error) {
 		}
 		if raw.Guard != nil {
 			set.Guard = *raw.Guard
+		}
+		if raw.HoldPackets != nil { // strict has checked these
+			set.HoldPackets = uint32(*raw.HoldPackets)
+		}
+		if raw.HoldBytes != nil {
+			set.HoldBytes = uint64(*raw.HoldBytes)
 		}
 		for _, s := range raw.Allow {
 			r, err := netlock.ParseRule(s)
@@ -279,7 +335,7 @@ func decode(text []byte, v any) error {
 	return toml.NewDecoder(strings.NewReader(string(text))).DisallowUnknownFields().Decode(v)
 }
 
-// strict finds the mistakes that the decoder takes, or cannot place: it matches keys
+// strict finds the mistakes that the decoder takes, or cannot place: numbers out of range; it matches keys
 // whatever their case, so that Backend beside backend would be the same key twice, and
 // it says 1:1 of an array within an array. Broken TOML is left to it.
 func strict(path string, text []byte) error {
@@ -300,7 +356,15 @@ func strict(path string, text []byte) error {
 		if name := string(first.Data); !slices.Contains(keys[:], name) {
 			return placedAt(path, text, int(first.Raw.Offset), unknownKey(name))
 		}
-		if e.Kind != unstable.KeyValue || !key.IsLast() || e.Value().Kind != unstable.Array {
+		if e.Kind != unstable.KeyValue || !key.IsLast() {
+			continue
+		}
+		if e.Value().Kind == unstable.Integer {
+			if err := checkNumber(string(first.Data), string(e.Value().Data)); err != nil {
+				return placedAt(path, text, skip(text, int(first.Raw.Offset+first.Raw.Length), " \t="), err)
+			}
+		}
+		if e.Value().Kind != unstable.Array {
 			continue
 		}
 		// An array has no range of its own: it begins behind what comes before it.
@@ -337,14 +401,14 @@ func skip(text []byte, at int, chars string) int {
 }
 
 // keys are all that a file can set.
-var keys = [...]string{"backend", "timeout", "log-level", "allow", "guard", "guard-timeout", "on-failed-restore", "criu"}
+var keys = [...]string{"backend", "timeout", "log-level", "allow", "guard", "guard-timeout", "on-failed-restore", "criu", "mode", "hold-packets", "hold-bytes"}
 
 func unknownKey(key string) error {
 	return fmt.Errorf("unknown key %q; want one of %s, in small letters", clip(key), strings.Join(keys[:], ", "))
 }
 
 func wrongType(got string) error {
-	return errors.New("wrong type: " + got + ", where a string, for allow a list of strings, is wanted")
+	return errors.New("wrong type: " + got + ", where a string, for allow a list of strings, for guard true or false, for hold-packets and hold-bytes a number, is wanted")
 }
 
 // placedAt words an error at an offset.

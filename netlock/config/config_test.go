@@ -43,6 +43,9 @@ func TestParse(t *testing.T) {
 		{"guard = true", func(*Config) {}},
 		{`guard-timeout = "1h"`, func(c *Config) { c.GuardTimeout = time.Hour }},
 		{`on-failed-restore = "keep"`, func(c *Config) { c.OnFailedRestore = "keep" }},
+		{`mode = "hold"`, func(c *Config) { c.Mode = Hold }},
+		{`mode = "auto"`, func(c *Config) { c.Mode = Auto }},
+		{"hold-packets = 1_000\nhold-bytes = +65536", func(c *Config) { c.HoldPackets, c.HoldBytes = 1000, 65536 }},
 		{`criu = "/opt/criu"`, func(c *Config) { c.CRIU = "/opt/criu" }},
 		{"allow = [\n  \"tcp dport 22\", # ssh\n  \"ip daddr 10.0.0.5 tcp dport 2049\",\n]", func(c *Config) {
 			c.Allow = []netlock.Rule{rule(t, "tcp dport 22"), rule(t, "ip daddr 10.0.0.5 tcp dport 2049")}
@@ -81,6 +84,12 @@ func TestParseErrors(t *testing.T) {
 		{"guard = 1", "1:9", "integer"},
 		{"guard-timeout = \"2h\"", "1:17", "out of range"},
 		{"\non-failed-restore = \"never\"", "2:21", "previous, keep and unlock"},
+		{"mode = \"queue\"", "1:8", "drop, hold and auto"},
+		{"mode = 1", "1:8", "integer"},
+		{"hold-packets = 0", "1:16", "out of range"},
+		{"\nhold-packets = \"1\"", "2:16", "string"},
+		{"hold-bytes = 65535", "1:14", "want 65536 to"},
+		{"hold-bytes = 99999999999", "1:14", "out of range"},
 		{"criu = \"sbin/criu\"", "1:8", "no absolute path"},
 		{"timeout = 0", "1:11", "integer"},
 		{"timeout = 5.5", "1:11", "float"},
