@@ -293,6 +293,15 @@ func isKernelThread(pid int) bool {
 // Close releases the handle, not the lock.
 func (ns *Namespace) Close() error { return ns.h.Close() }
 
+// Dup is another handle on the namespace, for who outlives this one.
+func (ns *Namespace) Dup() (*Namespace, error) {
+	fd, err := unix.FcntlInt(uintptr(ns.h), unix.F_DUPFD_CLOEXEC, 3)
+	if err != nil {
+		return nil, &Error{Kind: KindOther, Op: "duplicate the handle", Namespace: ns.String(), Err: err}
+	}
+	return &Namespace{h: netns.NsHandle(fd), ino: ns.ino, name: ns.name}, nil
+}
+
 // FD is the open descriptor of the namespace; it stays the Namespace's.
 func (ns *Namespace) FD() int { return int(ns.h) }
 

@@ -45,7 +45,7 @@ func (s *session) bind() {
 		return
 	}
 	s.fresh = fresh
-	s.queue = &queue{num: num, compat: s.b.noQueue.Load()}
+	s.queue = &queue{num: num, compat: s.b.kernel.noQueue.Load()}
 }
 
 // unbind gives back what bind took, unless the Holder had it before.
@@ -60,7 +60,7 @@ func (s *session) unbind() {
 // know the one that was tried.
 func (s *session) noExpr() {
 	if !s.queue.compat {
-		s.b.noQueue.Store(true)
+		s.b.kernel.noQueue.Store(true)
 		s.queue.compat = true
 		return
 	}
@@ -103,5 +103,8 @@ func (s *session) deliver(v view, st *netlock.State) {
 			st.Queue = q
 		}
 	}
-	st.NotDelivered = err // the table goes all the same, and what is held with it
+	if err != nil { // the table goes all the same, and what is held with it
+		st.NotDelivered = err
+		s.o.Holder.Drop(s.ns)
+	}
 }

@@ -38,9 +38,19 @@ type Backend struct {
 	closer  closer
 	rules   cache
 	notes   notes
-	// noQueue: the kernel has no queue expression, but perhaps the NFQUEUE target.
-	noQueue atomic.Bool
+	kernel  *Kernel
 }
+
+// Kernel is what has been learned of the kernel: Backends may share it.
+type Kernel struct{ noQueue atomic.Bool }
+
+// NoQueue: a lock of mode hold has been tried, and the kernel has no queue expression. The
+// NFQUEUE target of xtables that is used then is printed by nft in words that it cannot
+// read in again on such a kernel.
+func (k *Kernel) NoQueue() bool { return k.noQueue.Load() }
+
+// WithKernel has the Backend use what another one has learned.
+func WithKernel(k *Kernel) Option { return func(b *Backend) { b.kernel = k } }
 
 // Option changes a Backend.
 type Option func(*Backend)
@@ -52,7 +62,7 @@ func WithRelease(f func(fd int)) Option { return func(b *Backend) { b.release = 
 
 // New returns the backend. It touches nothing.
 func New(opts ...Option) *Backend {
-	b := &Backend{now: time.Now}
+	b := &Backend{now: time.Now, kernel: &Kernel{}}
 	b.release = b.closer.add
 	for _, o := range opts {
 		o(b)

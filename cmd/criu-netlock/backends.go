@@ -11,12 +11,15 @@ import (
 	"github.com/criu-netlock/criu-netlock/iptables"
 	"github.com/criu-netlock/criu-netlock/netlock"
 	"github.com/criu-netlock/criu-netlock/netlock/config"
+	"github.com/criu-netlock/criu-netlock/netlock/guard"
 	"github.com/criu-netlock/criu-netlock/nft"
 	"github.com/criu-netlock/criu-netlock/nft/nfnl"
 )
 
 func newLocker(cfg config.Config, caller netlock.Caller, opts ...nft.Option) *netlock.Locker {
-	return wire.Locker(cfg, caller, nft.New(opts...))
+	l := wire.Locker(cfg, caller, nft.New(opts...))
+	l.Options.Holder = &guard.Holder{} // it binds nothing; what others hold it has delivered
+	return l
 }
 
 // hookLocker is newLocker for a process that exits at once after unlocking, with CRIU
@@ -27,9 +30,13 @@ func hookLocker(cfg config.Config, caller netlock.Caller) *netlock.Locker {
 
 // stayingLocker is newLocker for a process that stays: it waits for the kernel's clean-up
 // when nobody waits for it, and remembers its locks from one hook to the next.
-func stayingLocker() func(config.Config, netlock.Caller) *netlock.Locker {
-	n := nft.New(nft.WithRelease(func(fd int) { go unix.Close(fd) }))
-	return func(cfg config.Config, caller netlock.Caller) *netlock.Locker { return wire.Locker(cfg, caller, n) }
+func stayingLocker(holder netlock.Holder, opts ...nft.Option) func(config.Config, netlock.Caller) *netlock.Locker {
+	n := nft.New(append(opts, nft.WithRelease(func(fd int) { go unix.Close(fd) }))...)
+	return func(cfg config.Config, caller netlock.Caller) *netlock.Locker {
+		l := wire.Locker(cfg, caller, n)
+		l.Options.Holder = holder
+		return l
+	}
 }
 
 // variant is one way to lock and no other, for check to try.

@@ -552,6 +552,15 @@ type statusJSON struct {
 	LockedBy   *netlock.Caller `json:"locked_by"`
 	Intact     bool            `json:"intact"`
 	Netns      uint64          `json:"netns"`
+	Queue      *queueJSON      `json:"queue,omitempty"` // of mode hold
+}
+
+type queueJSON struct {
+	Number     uint16 `json:"number"`
+	Bound      bool   `json:"bound"` // somebody holds; otherwise all is dropped
+	Held       uint64 `json:"held"`
+	Delivered  uint64 `json:"delivered"`
+	Overflowed uint64 `json:"overflowed"`
 }
 
 func newStatus(ns *netlock.Namespace, st netlock.State) statusJSON {
@@ -559,8 +568,9 @@ func newStatus(ns *netlock.Namespace, st netlock.State) statusJSON {
 		Locked: st.Locked, Backend: orNull(st.Backend), DroppedIn: st.DroppedIn, DroppedOut: st.DroppedOut,
 		Intact: st.Locked && st.Intact, Netns: ns.Inode(),
 	}
-	if st.Locked {
-		j.Mode = orNull("drop")
+	j.Mode = orNull(string(st.Mode))
+	if st.Mode == netlock.Hold {
+		j.Queue = &queueJSON{st.Queue.Number, st.Queue.Bound, st.Queue.Held, st.Queue.Delivered, st.Queue.Overflowed}
 	}
 	if !st.Found {
 		j.Backend = nil
@@ -593,7 +603,14 @@ func statusText(t target, st netlock.State) string {
 	}
 	line("backend", "%s", st.Backend)
 	if st.Locked {
-		line("mode", "drop")
+		line("mode", "%s", st.Mode)
+	}
+	switch q := st.Queue; {
+	case st.Mode != netlock.Hold:
+	case !q.Bound:
+		line("held", "nothing: nobody holds queue %d, so it drops", q.Number)
+	default:
+		line("held", "%d now, %d delivered, %d found the queue full", q.Held, q.Delivered, q.Overflowed)
 	}
 	if st.Since.IsZero() {
 		line("since", "unknown")

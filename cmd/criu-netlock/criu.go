@@ -226,7 +226,7 @@ func proxy(args []string) error {
 	unix.Close(pair[1])
 	cfg, cfgErr := loadConfig(config.Path(os.LookupEnv))
 	p := criurpc.Proxy{Client: fdClient, CRIU: pair[0], ClientPID: pids[0], CRIUPID: pids[1]}
-	locker := stayingLocker()
+	locker := stayingLocker(&guard.Holder{})
 	p.Begin = func(opts *rpc.CriuOpts) criurpc.Options {
 		o := criurpc.Options{
 			Locker: locker(cfg, netlock.Caller{}), Timeout: cfg.Timeout, OnFailedRestore: guard.Policy(cfg.OnFailedRestore), Refuse: cfgErr,

@@ -18,6 +18,7 @@ import (
 	"github.com/criu-netlock/criu-netlock/netlock/action"
 	"github.com/criu-netlock/criu-netlock/netlock/config"
 	"github.com/criu-netlock/criu-netlock/netlock/guard"
+	"github.com/criu-netlock/criu-netlock/nft"
 )
 
 // readyTime is how long pre-dump waits for its guard. Nothing is frozen yet.
@@ -25,7 +26,8 @@ const readyTime = time.Second
 
 // startGuard starts the guard of a checkpoint, if the hook is one that does. It returns
 // why there is none, where there should be one.
-func startGuard(ev action.Event, rep action.Report) error {
+// What the hook holds goes on to the guard.
+func startGuard(ev action.Event, rep action.Report, holder *guard.Holder) error {
 	phase, wait := guard.Dump, readyTime
 	switch {
 	case rep.Netns == 0: // a task in our own namespace
@@ -51,6 +53,9 @@ func startGuard(ev action.Event, rep action.Report) error {
 	}
 	defer c.Close()
 	c.WasLocked = rep.WasLocked
+	if holder != nil {
+		c.Queue = holder.Queue(ns)
+	}
 	var env []string
 	for _, name := range []string{config.EnvPath, "PATH"} {
 		if v, ok := os.LookupEnv(name); ok {
@@ -114,16 +119,27 @@ func runGuard(args []string) int {
 		caller = c.Client
 	}
 	criu := netlock.CallerOf(caller).For(c.Task)
-	locker := stayingLocker()
+	kernel, holder := &nft.Kernel{}, newHolder(cfg)
+	locker := stayingLocker(holder, nft.WithKernel(kernel))
+	if c.Queue != nil {
+		if err := holder.Adopt(c.NS, c.Queue); err != nil {
+			log("%v; what comes is dropped", err)
+		}
+	}
 	g := guard.Guard{
 		Checkpoint: c,
 		Locker:     locker(cfg, criu),
-		Default:    guard.Policy(cfg.OnFailedRestore),
-		Over:       over,
-		Deadline:   cfg.GuardTimeout,
-		Log:        log,
+		GiveUp: func(ctx context.Context) error {
+			defer holder.Drop(c.NS)
+			_, err := locker(cfg, criu).Lock(ctx, c.NS)
+			return err
+		},
+		Default:  guard.Policy(cfg.OnFailedRestore),
+		Over:     over,
+		Deadline: cfg.GuardTimeout,
+		Log:      log,
 		Hook: func(r guard.Request) guard.Answer {
-			h := hookCall{start: time.Now(), locker: locker, guard: os.Getpid(), lookup: func(key string) (string, bool) {
+			h := hookCall{start: time.Now(), locker: locker, guard: os.Getpid(), phase: c.Phase, holder: holder, kernel: kernel, lookup: func(key string) (string, bool) {
 				v := map[string]string{
 					action.EnvAction: r.Action, action.EnvInitPID: r.PID, action.EnvImageDir: r.ImageDir, config.EnvPath: r.Config,
 				}[key]
@@ -142,12 +158,18 @@ func runGuard(args []string) int {
 	g.Ready = func() {
 		defer ready()
 		l := locker(cfg, criu)
+		trial := newHolder(cfg)
+		trial.HandsOn = true // to nobody
+		if cfg.Mode != config.Drop {
+			l.Options.Mode, l.Options.Holder = netlock.Hold, trial
+		}
 		ctx, cancel := context.WithTimeout(context.Background(), cfg.Timeout)
 		defer cancel()
 		if ns, err := netlock.NewThrowaway(); err == nil {
 			for range 2 { // the second time it reads what is there, as an unlock does
 				_, _ = l.Lock(ctx, ns) // for speed alone
 			}
+			trial.Drop(ns)
 			kept = ns
 		}
 	}

@@ -15,6 +15,7 @@ import (
 	"github.com/criu-netlock/criu-netlock/netlock/action"
 	"github.com/criu-netlock/criu-netlock/netlock/config"
 	"github.com/criu-netlock/criu-netlock/netlock/guard"
+	"github.com/criu-netlock/criu-netlock/nft"
 )
 
 // runHook does what the environment asks for, writes one line about it to CRIU's log,
@@ -34,10 +35,14 @@ type hookCall struct {
 	// guard is the pid of the guard that works for the hook; 0 in the hook's own process.
 	guard int
 	criu  netlock.Caller // the guard knows it
+	// phase, holder and kernel are the guard's.
+	phase  guard.Phase
+	holder *guard.Holder
+	kernel *nft.Kernel
 }
 
 // run returns the exit code and the line for CRIU's log.
-func (h hookCall) run() (code int, line string) {
+func (h *hookCall) run() (code int, line string) {
 	cfg, cfgErr := config.Default(), error(nil)
 	ev, err := action.FromEnv(h.lookup)
 	var rep action.Report
@@ -53,14 +58,19 @@ func (h hookCall) run() (code int, line string) {
 		if cfgErr == nil || unlocks {
 			rep, err = within(h.start, cfg.Timeout, func(ctx context.Context) (action.Report, error) {
 				l := h.locker(cfg, ev.Caller)
+				notHeld := h.hold(l, cfg, ev)
 				a := action.Handler{Locker: l, Trial: func(ctx context.Context) (netlock.Result, error) { return netlock.Trial(ctx, l) }}
 				if h.guard == 0 {
 					a.Turn = h.turn(cfg, unlocks)
 				}
-				return a.Handle(ctx, ev)
+				rep, err := a.Handle(ctx, ev)
+				if rep.NotHeld == nil && rep.Mode != "" {
+					rep.NotHeld = notHeld
+				}
+				return rep, err
 			})
 			if err == nil && h.guard == 0 && cfg.Guard {
-				unguarded = startGuard(ev, rep)
+				unguarded = startGuard(ev, rep, h.holder)
 			}
 		}
 		done = err == nil && rep.Result != "" || err != nil && netlock.KindOf(err) == netlock.KindTampered
@@ -70,6 +80,31 @@ func (h hookCall) run() (code int, line string) {
 		}
 	}
 	return netlock.ExitCode(err), h.line(cfg.LogLevel, ev, rep, done, err, unguarded)
+}
+
+// hold makes the locker hold, if the configuration has it so and the hook locks. It returns
+// why it does not where it was to.
+func (h *hookCall) hold(l *netlock.Locker, cfg config.Config, ev action.Event) (notHeld error) {
+	switch action.OpOf(ev.Action) {
+	case action.Lock, action.Ensure, action.EnsureRemovable:
+		if cfg.Mode == config.Drop {
+			break
+		}
+		if h.guard == 0 {
+			if h.phase = guard.Restore; ev.Action == action.NetworkLock {
+				h.phase = guard.Dump
+			}
+			if _, ok := criuPID(ev); ok && ev.Action == action.SetupNamespaces && cfg.Guard {
+				h.holder = newHolder(cfg)
+				h.holder.HandsOn = true // to the guard that is about to be started
+			}
+		}
+		l.Options.Mode, notHeld = modeOf(cfg, h.phase, ev.Caller.PID, h.kernel)
+	}
+	if h.holder != nil {
+		l.Options.Holder = h.holder
+	}
+	return notHeld
 }
 
 // caller is CRIU: who started us, or, where that is a script around us, the process
@@ -111,13 +146,14 @@ func (h hookCall) turn(cfg config.Config, unlocks bool) func(*netlock.Namespace,
 func (h hookCall) line(levelName string, ev action.Event, rep action.Report, done bool, err, unguarded error) string {
 	level := slog.LevelInfo
 	msg := rep.Result
+	held, holdWarns := holdAttrs(rep)
 	switch {
 	case err != nil:
 		level, msg = slog.LevelError, string(ev.Action)+" failed"
 		if !done {
 			rep.Result = "failed"
 		}
-	case rep.Loud, unguarded != nil:
+	case rep.Loud, unguarded != nil, holdWarns:
 		level = slog.LevelWarn
 	}
 	var least slog.Level
@@ -132,6 +168,7 @@ func (h hookCall) line(levelName string, ev action.Event, rep action.Report, don
 		slog.String("result", rep.Result),
 		slog.Int64("duration_us", time.Since(h.start).Microseconds()),
 	}
+	attrs = append(attrs, held...)
 	if h.guard != 0 {
 		attrs = append(attrs, slog.Int("guard", h.guard))
 	}

@@ -192,6 +192,12 @@ type Report struct {
 	// restore: a lock of the same CRIU is of the same hook, which runs twice where it is
 	// configured twice.
 	WasLocked bool
+	// Mode is the lock's; empty where none was made or found. NotHeld is why it drops where
+	// it was to hold. Queue is what an unlock delivered, NotDelivered why it did not.
+	Mode         netlock.Mode
+	NotHeld      error
+	Queue        netlock.Queue
+	NotDelivered error
 }
 
 // Handle does what the event's hook is for.
@@ -281,7 +287,7 @@ func (h *Handler) lock(ctx context.Context, ns *netlock.Namespace, ev Event, rep
 	if err != nil {
 		return err
 	}
-	rep.Backend = res.Backend
+	rep.Backend, rep.Mode, rep.NotHeld = res.Backend, res.Mode, res.NotHeld
 	switch {
 	case rep.Loud:
 		rep.Result = "the lock had been removed; locked again"
@@ -299,7 +305,7 @@ func (h *Handler) unlock(ctx context.Context, ns *netlock.Namespace, op Op, rep 
 	if err != nil && netlock.KindOf(err) != netlock.KindTampered {
 		return err
 	}
-	rep.Backend = st.Backend
+	rep.Backend, rep.Mode, rep.Queue, rep.NotDelivered = st.Backend, st.Mode, st.Queue, st.NotDelivered
 	switch {
 	case !st.Found:
 		rep.Result = "not locked"

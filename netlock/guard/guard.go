@@ -27,6 +27,7 @@ import (
 
 	"github.com/criu-netlock/criu-netlock/netlock"
 	"github.com/criu-netlock/criu-netlock/netlock/internal/proc"
+	"github.com/criu-netlock/criu-netlock/nft/nfnl"
 )
 
 // Phase is what CRIU is about.
@@ -75,6 +76,8 @@ type Checkpoint struct {
 	// WasFrozen: the task was frozen or stopped before this dump began, by somebody
 	// else and on purpose.
 	WasFrozen bool
+	// Queue is what who starts the guard has bound for the lock; nil without mode hold.
+	Queue *nfnl.Queue
 }
 
 // Guard watches a Checkpoint.
@@ -85,6 +88,8 @@ type Guard struct {
 	Deadline time.Duration // how long an unlock that fails is tried again
 	// Hook does what a hook asks for.
 	Hook func(Request) Answer
+	// GiveUp makes a lock of mode hold one of mode drop, where nobody is left to deliver to.
+	GiveUp func(context.Context) error
 	// Ready is called when the guard is in its place.
 	Ready func()
 	// Log writes to the system's log: there is no other place once CRIU is gone.
@@ -299,6 +304,11 @@ func (g *Guard) once() (verdict, error) {
 	v := decide(f)
 	switch v {
 	case keep:
+		if st.Mode == netlock.Hold && g.GiveUp != nil {
+			if err := g.GiveUp(ctx); err != nil {
+				return wait, err
+			}
+		}
 		g.Log("%s is gone and %s is still locked: kept for a restore", g.who(), g.NS)
 	case release:
 		_, err := g.Locker.Unlock(ctx, g.NS)

@@ -173,20 +173,9 @@ func (s *server) close() { s.l.Close() }
 const idle = time.Second
 
 func (s *server) serve(do func(Request) Answer) {
-	for {
-		c, err := s.l.AcceptUnix()
-		if err != nil {
-			if errors.Is(err, net.ErrClosed) {
-				return
-			}
-			time.Sleep(10 * time.Millisecond) // out of descriptors: somebody's leak, or a flood
-			continue
-		}
+	s.accept(func(c *net.UnixConn) {
 		go func() {
 			defer c.Close()
-			if !ours(c) {
-				return
-			}
 			b := make([]byte, maxMessage+1)
 			if c.SetDeadline(time.Now().Add(idle)) != nil {
 				return
@@ -204,6 +193,23 @@ func (s *server) serve(do func(Request) Answer) {
 				_, _ = c.Write(a.encode()) // a hook that is gone asks nobody
 			}
 		}()
+	})
+}
+
+// accept calls f with every connection of our own user's until close; f closes it.
+func (s *server) accept(f func(*net.UnixConn)) {
+	for {
+		c, err := s.l.AcceptUnix()
+		switch {
+		case err == nil && ours(c):
+			f(c)
+		case err == nil:
+			c.Close()
+		case errors.Is(err, net.ErrClosed):
+			return
+		default:
+			time.Sleep(10 * time.Millisecond) // out of descriptors: somebody's leak, or a flood
+		}
 	}
 }
 

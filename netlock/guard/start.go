@@ -3,6 +3,7 @@ package guard
 import (
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"strconv"
 	"strings"
@@ -13,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/criu-netlock/criu-netlock/netlock"
+	"github.com/criu-netlock/criu-netlock/nft/nfnl"
 )
 
 // Arg is the program's first argument when it is to be a guard, and StartArg when it is
@@ -29,6 +31,7 @@ const (
 	fdTask
 	fdClient
 	fdNetns
+	fdQueue
 	fdReady
 	fdEnd
 )
@@ -53,7 +56,7 @@ func Start(exe string, c Checkpoint, env []string, waitReady time.Duration) (ove
 		return over, err
 	}
 	files := []uintptr{null.Fd(), null.Fd(), null.Fd()}
-	for _, fd := range []int{c.CRIUfd, c.TaskFD, c.ClientFD, c.NS.FD(), pair[1]} {
+	for _, fd := range []int{c.CRIUfd, c.TaskFD, c.ClientFD, c.NS.FD(), c.queueFD(), pair[1]} {
 		if fd < 0 {
 			fd = int(null.Fd())
 		}
@@ -135,8 +138,22 @@ func StartAgain(args []string) error {
 func (c Checkpoint) args() []string {
 	return []string{
 		string(c.Phase), strconv.Itoa(c.CRIU), strconv.Itoa(c.Task), flag(c.WasLocked), flag(c.WasFrozen),
-		strconv.Itoa(c.Client), string(c.Policy),
+		strconv.Itoa(c.Client), string(c.Policy), strconv.Itoa(c.queueNumber()),
 	}
+}
+
+func (c Checkpoint) queueFD() int {
+	if c.Queue == nil {
+		return -1
+	}
+	return c.Queue.FD()
+}
+
+func (c Checkpoint) queueNumber() int {
+	if c.Queue == nil {
+		return -1
+	}
+	return int(c.Queue.Number())
 }
 
 func flag(b bool) string {
@@ -150,7 +167,7 @@ func flag(b bool) string {
 // is ready, and what a client closes.
 func Inherited(args []string) (c Checkpoint, ready func(), over <-chan struct{}, err error) {
 	bad := fmt.Errorf("criu-netlock %s %s: hooks start this, nobody else", Arg, strings.Join(args, " "))
-	if len(args) != 7 {
+	if len(args) != 8 {
 		return c, nil, nil, bad
 	}
 	c = Checkpoint{Phase: Phase(args[0]), CRIUfd: fdCRIU, TaskFD: fdTask, ClientFD: fdClient, WasLocked: args[3] == "yes", WasFrozen: args[4] == "yes", Policy: Policy(args[6])}
@@ -164,6 +181,10 @@ func Inherited(args []string) (c Checkpoint, ready func(), over <-chan struct{},
 		if *n.to, err = strconv.Atoi(n.arg); err != nil || *n.to < 0 {
 			return c, nil, nil, bad
 		}
+	}
+	queue, err := strconv.Atoi(args[7])
+	if err != nil || queue > math.MaxUint16 {
+		return c, nil, nil, bad
 	}
 	if c.Task == 0 || c.CRIU == 0 && c.Client == 0 {
 		return c, nil, nil, bad
@@ -185,6 +206,11 @@ func Inherited(args []string) (c Checkpoint, ready func(), over <-chan struct{},
 			unix.Close(*of.fd)
 			*of.fd = -1
 		}
+	}
+	if queue < 0 {
+		unix.Close(fdQueue)
+	} else {
+		c.Queue = nfnl.InheritQueue(fdQueue, uint16(queue))
 	}
 	said := make(chan struct{})
 	return c, func() {

@@ -176,7 +176,7 @@ func (h *Holder) Close() {
 	}
 }
 
-// Release delivers what a queue of ours holds.
+// Release delivers what a queue of ours holds. What it cannot deliver it goes on holding.
 func (h *Holder) Release(ctx context.Context, ns *netlock.Namespace, num uint16, open func() error) (out netlock.Queue, err error) {
 	k := h.take(ns, int(num))
 	if k == nil {
@@ -187,12 +187,28 @@ func (h *Holder) Release(ctx context.Context, ns *netlock.Namespace, num uint16,
 		out, err = release(ctx, k.Queue, criuMark(ctx), open)
 		return err
 	})
-	// The close may wait for an RCU grace period.
-	go k.Close()
 	if err != nil {
-		err = failure("deliver", ns, err)
+		return out, failure("deliver", ns, errors.Join(err, h.Adopt(ns, k.Queue)))
 	}
-	return out, err
+	go k.Close() // which may wait for an RCU grace period
+	return out, nil
+}
+
+// Adopt makes a queue of the namespace, which another process has bound, the Holder's.
+func (h *Holder) Adopt(ns *netlock.Namespace, q *nfnl.Queue) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.add(ns, q)
+}
+
+// Queue is what Bind has bound in the namespace; nil if it has not. It stays the Holder's.
+func (h *Holder) Queue(ns *netlock.Namespace) *nfnl.Queue {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if k := h.holds[ns.Inode()]; k != nil {
+		return k.Queue
+	}
+	return nil
 }
 
 // release delivers until nothing is left, has the lock opened, and delivers what came

@@ -1,0 +1,95 @@
+package main
+
+// Mode hold: who holds, and when.
+
+import (
+	"errors"
+	"log/slog"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/criu-netlock/criu-netlock/netlock"
+	"github.com/criu-netlock/criu-netlock/netlock/action"
+	"github.com/criu-netlock/criu-netlock/netlock/config"
+	"github.com/criu-netlock/criu-netlock/netlock/guard"
+	"github.com/criu-netlock/criu-netlock/netlock/hold"
+	"github.com/criu-netlock/criu-netlock/nft"
+)
+
+// newHolder is the holder of a process that outlives its locks.
+func newHolder(cfg config.Config) *guard.Holder {
+	return &guard.Holder{Holder: hold.Holder{Packets: cfg.HoldPackets, Bytes: cfg.HoldBytes}, Stays: true}
+}
+
+// errImage is why nothing is held in a dump of some kernels.
+var errImage = errors.New("this kernel has no nft_queue, and without it the image that CRIU makes of the rules could not be restored")
+
+// modeOf is what the configuration's mode means in a checkpoint. What cannot be held in
+// spite of it has a reason.
+func modeOf(cfg config.Config, phase guard.Phase, criu int, k *nft.Kernel) (netlock.Mode, error) {
+	switch {
+	case cfg.Mode != config.Hold && cfg.Mode != config.Auto,
+		cfg.Mode == config.Auto && phase == guard.Dump && !leavesRunning(criu):
+		return netlock.Drop, nil
+	case phase == guard.Dump && k != nil && k.NoQueue() && dumpsRules(words(criu)):
+		return netlock.Drop, errImage
+	}
+	return netlock.Hold, nil
+}
+
+// words is a process's command line.
+func words(pid int) []string {
+	b, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/cmdline")
+	if err != nil {
+		return nil
+	}
+	return strings.Split(strings.TrimSuffix(string(b), "\x00"), "\x00")
+}
+
+// leavesRunning tells whether the tasks go on after the dump, as far as the command lines
+// say: CRIU's own or, where CRIU is driven by RPC, that of the runtime that started it.
+func leavesRunning(criu int) bool {
+	const flag = "--leave-running"
+	w := words(criu)
+	if len(w) > 1 && w[1] != "swrk" {
+		return slices.Contains(w, flag) || slices.Contains(w, "-R")
+	}
+	return slices.Contains(words(netlock.ParentOf(criu)), flag)
+}
+
+// dumpsRules tells whether CRIU puts the namespace's rules into the image, as far as its
+// command line says: not where the namespace is left empty or is an external one. The
+// runtimes that drive CRIU by RPC have it so.
+func dumpsRules(w []string) bool {
+	for i, arg := range w {
+		next := ""
+		if i+1 < len(w) {
+			next = w[i+1]
+		}
+		if arg == "--empty-ns" && next == "net" || arg == "--empty-ns=net" ||
+			arg == "--external" && strings.HasPrefix(next, "net[") || strings.HasPrefix(arg, "--external=net[") {
+			return false
+		}
+	}
+	return slices.Contains(w, "dump")
+}
+
+// holdAttrs is what the log is told of mode hold, and whether it is a warning.
+func holdAttrs(rep action.Report) (attrs []slog.Attr, warn bool) {
+	if rep.Mode == netlock.Hold {
+		attrs = append(attrs, slog.String("mode", string(rep.Mode)))
+	}
+	if rep.NotHeld != nil {
+		attrs = append(attrs, slog.String("mode", string(rep.Mode)), slog.String("not_held", oneLine(rep.NotHeld.Error())))
+	}
+	if rep.NotDelivered != nil {
+		attrs = append(attrs, slog.String("not_delivered", oneLine(rep.NotDelivered.Error())))
+	}
+	if q := rep.Queue; q != (netlock.Queue{}) {
+		attrs = append(attrs, slog.Uint64("delivered", q.Delivered), slog.Uint64("overflowed", q.Overflowed), slog.Uint64("lost", q.Lost))
+		warn = q.Overflowed > 0 || q.Lost > 0
+	}
+	return attrs, warn || rep.NotHeld != nil || rep.NotDelivered != nil
+}

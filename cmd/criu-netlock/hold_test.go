@@ -1,0 +1,233 @@
+package main
+
+import (
+	"net"
+	"os"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/criu-netlock/criu-netlock/netlock"
+	"github.com/criu-netlock/criu-netlock/netlock/config"
+	"github.com/criu-netlock/criu-netlock/netlock/guard"
+	"github.com/criu-netlock/criu-netlock/netlock/netlocktest"
+	"github.com/criu-netlock/criu-netlock/nft"
+)
+
+// line is a UDP flow into a namespace that hooks lock.
+type line struct {
+	t       *testing.T
+	pid     string
+	in, out net.Conn
+}
+
+func newLine(t *testing.T) *line {
+	p := netlocktest.NewPair(t)
+	l := &line{t: t, pid: strconv.Itoa(p.Inside.PID())}
+	addr := net.JoinHostPort(netlocktest.InsideV4, "7802")
+	// What IPv6 sends by itself is not to be counted.
+	err := p.Peer.Do(func() error { return os.WriteFile("/proc/sys/net/ipv6/conf/all/disable_ipv6", []byte("1"), 0) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = p.Inside.Do(func() error {
+		c, err := net.ListenPacket("udp4", addr)
+		if err == nil {
+			l.in = c.(*net.UDPConn)
+		}
+		return err
+	})
+	if err == nil {
+		err = p.Peer.Do(func() (err error) {
+			l.out, err = net.Dial("udp4", addr)
+			return err
+		})
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.in.Close(); l.out.Close() })
+	return l
+}
+
+func (l *line) send(words ...string) {
+	l.t.Helper()
+	for _, w := range words {
+		if _, err := l.out.Write([]byte(w)); err != nil {
+			l.t.Fatal(err)
+		}
+	}
+}
+
+func (l *line) expect(words ...string) {
+	l.t.Helper()
+	b := make([]byte, 64)
+	for _, w := range words {
+		l.in.SetReadDeadline(time.Now().Add(10 * time.Second))
+		if n, err := l.in.Read(b); err != nil || string(b[:n]) != w {
+			l.t.Fatalf("got %q, %v; want %q", b[:n], err, w)
+		}
+	}
+	l.in.SetReadDeadline(time.Now().Add(30 * time.Millisecond))
+	if n, err := l.in.Read(b); err == nil {
+		l.t.Fatalf("%q came", b[:n])
+	}
+}
+
+func holdConfig(t *testing.T, mode string) string {
+	return config.EnvPath + "=" + file(t, "hold.toml", "mode = \""+mode+"\"\n")
+}
+
+// In a dump the guard holds what comes, and delivers it at the unlock.
+func TestHoldInADump(t *testing.T) {
+	l, c := newLine(t), newCRIU(t, holdConfig(t, "hold"))
+	if log := c.ok(t, l.pid, "pre-dump", "network-lock"); !strings.Contains(log, "mode=hold") || !strings.Contains(log, "level=INFO") {
+		t.Errorf("network-lock: %s", log)
+	}
+	l.send("a", "b", "c")
+	l.expect()
+	run(t, "status", "--pid", l.pid, "--json").want(t, 0, `"mode": "hold"`, `"bound": true`, `"held": 3`, `"dropped_in": 0`)
+	run(t, "status", "--pid", l.pid).want(t, 0, "mode       hold", "held       3 now, 0 delivered, 0 found the queue full")
+	if log := c.ok(t, l.pid, "network-unlock"); !strings.Contains(log, "delivered=3 overflowed=0 lost=0") || !strings.Contains(log, "level=INFO") {
+		t.Errorf("network-unlock: %s", log)
+	}
+	l.expect("a", "b", "c")
+}
+
+// In a restore the hook holds first, and then the guard: nothing is lost between them.
+func TestHoldInARestore(t *testing.T) {
+	for _, mode := range []string{"hold", "auto"} {
+		l, c := newLine(t), newCRIU(t, holdConfig(t, mode))
+		if log := c.ok(t, l.pid, "setup-namespaces"); !strings.Contains(log, "mode=hold") {
+			t.Errorf("setup-namespaces: %s", log)
+		}
+		l.send("a", "b")
+		c.guard(t)
+		l.send("c")
+		c.ok(t, l.pid, "post-setup-namespaces", "post-restore")
+		l.expect()
+		if log := c.ok(t, l.pid, "network-unlock"); !strings.Contains(log, "delivered=3") || !strings.Contains(log, "guard=") {
+			t.Errorf("network-unlock: %s", log)
+		}
+		l.expect("a", "b", "c")
+		c.ok(t, l.pid, "post-resume")
+	}
+}
+
+// Whoever unlocks, the guard delivers.
+func TestHoldUnlockByHand(t *testing.T) {
+	l, c := newLine(t), newCRIU(t, holdConfig(t, "hold"))
+	c.ok(t, l.pid, "pre-dump", "network-lock")
+	l.send("a", "b")
+	run(t, "unlock", "--pid", l.pid).want(t, 0, "unlocked")
+	l.expect("a", "b")
+	l.send("c")
+	l.expect("c")
+}
+
+// CRIU killed while the task lives: what is held is delivered.
+func TestHoldCRIUKilled(t *testing.T) {
+	l, c := newLine(t), newCRIU(t, holdConfig(t, "hold"))
+	c.ok(t, l.pid, "pre-dump", "network-lock")
+	l.send("a", "b")
+	c.kill()
+	l.expect("a", "b")
+}
+
+// The guard killed: nothing passes; the hook that unlocks does the work, and says that
+// nothing was delivered.
+func TestHoldGuardKilled(t *testing.T) {
+	l, c := newLine(t), newCRIU(t, holdConfig(t, "hold"))
+	c.ok(t, l.pid, "pre-dump", "network-lock")
+	l.send("a", "b")
+	g := c.guard(t)
+	if err := unix.Kill(g, unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "without a guard", func() bool { return len(guards(t, c.Process.Pid)) == 0 })
+	l.send("c")
+	l.expect()
+	run(t, "status", "--pid", l.pid, "--json").want(t, 0, `"locked": true`, `"mode": "hold"`, `"bound": false`)
+	if log := c.ok(t, l.pid, "network-unlock"); !strings.Contains(log, "not_delivered=") || !strings.Contains(log, "level=WARN") {
+		t.Errorf("network-unlock: %s", log)
+	}
+	l.expect()
+	l.send("d")
+	l.expect("d")
+}
+
+// A dump that has killed its task has nobody to deliver to: the lock goes on as one of
+// mode drop.
+func TestHoldTaskKilled(t *testing.T) {
+	c := newCRIU(t, holdConfig(t, "hold"))
+	pid, kill := netlocktest.NewTask(t)
+	p := strconv.Itoa(pid)
+	ns, err := netlock.FromPID(pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ns.Close()
+	mode := func() netlock.Mode {
+		st, err := nft.New().State(t.Context(), ns, netlock.Options{})
+		if err != nil || !st.Locked || !st.Intact {
+			t.Fatalf("%+v, %v", st, err)
+		}
+		return st.Mode
+	}
+	c.ok(t, p, "pre-dump", "network-lock", "post-dump")
+	if m := mode(); m != netlock.Hold {
+		t.Fatalf("locked in mode %s", m)
+	}
+	kill()
+	c.kill()
+	eventually(t, "in mode drop", func() bool { return mode() == netlock.Drop })
+	eventually(t, "without a guard", func() bool { return len(guards(t, c.Process.Pid)) == 0 })
+}
+
+// Without a guard nobody holds: the lock drops, and the log says why.
+func TestHoldWithoutAGuard(t *testing.T) {
+	l := newLine(t)
+	c := newCRIU(t, config.EnvPath+"="+file(t, "hold.toml", "mode = \"hold\"\nguard = false\n"))
+	for _, action := range []string{"network-lock", "setup-namespaces"} {
+		if log := c.ok(t, l.pid, action); !strings.Contains(log, "not_held=") || !strings.Contains(log, "level=WARN") || !strings.Contains(log, "mode=drop") {
+			t.Errorf("%s: %s", action, log)
+		}
+		l.send("a")
+		l.expect()
+		c.ok(t, l.pid, "network-unlock")
+	}
+}
+
+func TestModeOf(t *testing.T) {
+	for _, c := range []struct {
+		mode  string
+		phase guard.Phase
+		want  netlock.Mode
+	}{
+		{"", guard.Dump, netlock.Drop},
+		{"drop", guard.Restore, netlock.Drop},
+		{"hold", guard.Dump, netlock.Hold},
+		{"hold", guard.Restore, netlock.Hold},
+		{"auto", guard.Restore, netlock.Hold},
+		{"auto", guard.Dump, netlock.Drop}, // nobody says --leave-running
+	} {
+		if got, err := modeOf(config.Config{Mode: c.mode}, c.phase, 1, nil); got != c.want || err != nil {
+			t.Errorf("%s in a %s: %s, %v", c.mode, c.phase, got, err)
+		}
+	}
+	for line, want := range map[string]bool{
+		"criu dump -t 1":                             true,
+		"criu dump --empty-ns net":                   false,
+		"criu dump --empty-ns ipc":                   true,
+		"criu dump --external net[4026531840]:extns": false,
+		"criu dump --external mnt[]":                 true,
+		"criu swrk 3":                                false,
+	} {
+		if got := dumpsRules(strings.Fields(line)); got != want {
+			t.Errorf("%s: rules in the image: %v", line, got)
+		}
+	}
+}

@@ -1,0 +1,211 @@
+package guard
+
+// The guard as the holder of a lock of mode hold: it stays, and so does what it holds.
+// Others that unlock, a command or a hook whose guard did not answer, ask it to deliver.
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/criu-netlock/criu-netlock/netlock"
+	"github.com/criu-netlock/criu-netlock/netlock/hold"
+	"github.com/criu-netlock/criu-netlock/nft/nfnl"
+)
+
+// Holder is a netlock.Holder that has others deliver what they hold, and is asked by
+// others.
+type Holder struct {
+	hold.Holder
+	// Stays: this process outlives the lock. Otherwise it binds nothing.
+	Stays bool
+	// HandsOn: what this process binds another one adopts, and that is the one to be asked.
+	HandsOn bool
+	// Dir is for tests; empty means the Dir of the package.
+	Dir string
+
+	mu      sync.Mutex
+	serving map[uint64]*server // where others ask, by the namespace's inode
+}
+
+var _ netlock.Holder = (*Holder)(nil)
+
+func (h *Holder) dir() string {
+	if h.Dir != "" {
+		return h.Dir
+	}
+	return Dir
+}
+
+func holdName(netns uint64, queue uint16) string { return fmt.Sprintf("hold-%d-%d", netns, queue) }
+
+// Bind takes a queue, and lets others ask for what comes into it.
+func (h *Holder) Bind(ctx context.Context, ns *netlock.Namespace) (uint16, bool, error) {
+	if !h.Stays {
+		return 0, false, netlock.ErrNotHolding
+	}
+	num, fresh, err := h.Holder.Bind(ctx, ns)
+	if err == nil && fresh && !h.HandsOn {
+		if err = h.serve(ns, num); err != nil {
+			h.Holder.Drop(ns)
+		}
+	}
+	return num, fresh, err
+}
+
+// Adopt is Bind for a queue that another process has bound.
+func (h *Holder) Adopt(ns *netlock.Namespace, q *nfnl.Queue) error {
+	if err := h.Holder.Adopt(ns, q); err != nil {
+		return err
+	}
+	return h.serve(ns, q.Number())
+}
+
+// Drop gives up what is held.
+func (h *Holder) Drop(ns *netlock.Namespace) {
+	h.Holder.Drop(ns)
+	h.leave(ns)
+}
+
+// Release delivers what is held here, or has it delivered by who holds it.
+func (h *Holder) Release(ctx context.Context, ns *netlock.Namespace, queue uint16, open func() error) (netlock.Queue, error) {
+	q, err := h.Holder.Release(ctx, ns, queue, open)
+	switch {
+	case err == nil:
+		h.leave(ns)
+	case errors.Is(err, netlock.ErrNotHolding):
+		q, err = h.ask(ctx, ns, queue, open)
+	}
+	return q, err
+}
+
+func (h *Holder) serve(ns *netlock.Namespace, num uint16) error {
+	own, err := ns.Dup()
+	if err != nil {
+		return err
+	}
+	s, err := listen(h.dir(), holdName(ns.Inode(), num))
+	if err != nil {
+		own.Close()
+		return fmt.Errorf("hold: %w", err)
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.serving == nil {
+		h.serving = map[uint64]*server{}
+	}
+	h.serving[ns.Inode()] = s
+	go func() {
+		defer own.Close()
+		s.accept(func(c *net.UnixConn) { // one after the other
+			defer c.Close()
+			h.answer(c, own, num)
+		})
+	}()
+	return nil
+}
+
+func (h *Holder) leave(ns *netlock.Namespace) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if s := h.serving[ns.Inode()]; s != nil {
+		s.close()
+		delete(h.serving, ns.Inode())
+	}
+}
+
+// What the two sides say to each other, one packet each.
+const (
+	sayRelease = "release " + Version
+	sayOpen    = "open"
+	sayOpened  = "opened"
+	sayDone    = "done"
+)
+
+// releaseTime bounds a delivery for somebody else; when it fails they unlock without.
+const releaseTime = 2 * time.Second
+
+func (h *Holder) answer(c *net.UnixConn, ns *netlock.Namespace, num uint16) {
+	ctx, cancel := context.WithTimeout(context.Background(), releaseTime)
+	defer cancel()
+	until, _ := ctx.Deadline()
+	if c.SetDeadline(until) != nil || hear(c, sayRelease) != nil {
+		return
+	}
+	q, err := h.Holder.Release(ctx, ns, num, func() error {
+		if err := say(c, sayOpen); err != nil {
+			return err
+		}
+		return hear(c, sayOpened)
+	})
+	if err != nil {
+		_ = say(c, err.Error()) // who asked may have gone
+		return
+	}
+	h.leave(ns)
+	_ = say(c, fmt.Sprint(sayDone, " ", q.Delivered, " ", q.Overflowed, " ", q.Lost))
+}
+
+// ask has a holder in another process deliver.
+func (h *Holder) ask(ctx context.Context, ns *netlock.Namespace, num uint16, open func() error) (q netlock.Queue, err error) {
+	fail := func(err error) (netlock.Queue, error) {
+		return q, fmt.Errorf("%w: nobody delivers what is held: %w", netlock.ErrNotHolding, err)
+	}
+	if err := trusted(h.dir()); err != nil {
+		return fail(err)
+	}
+	c, err := net.DialUnix("unixpacket", nil, &net.UnixAddr{Name: filepath.Join(h.dir(), holdName(ns.Inode(), num)), Net: "unixpacket"})
+	if err != nil {
+		return fail(err)
+	}
+	defer c.Close()
+	until := time.Now().Add(releaseTime)
+	if d, ok := ctx.Deadline(); ok && d.Before(until) {
+		until = time.Now().Add(time.Until(d) / 2) // the rest is for the unlock
+	}
+	if err := errors.Join(c.SetDeadline(until), say(c, sayRelease)); err != nil {
+		return fail(err)
+	}
+	if err := hear(c, sayOpen); err != nil {
+		return fail(err)
+	}
+	if err := open(); err != nil {
+		return q, err
+	}
+	if err := say(c, sayOpened); err != nil {
+		return fail(err)
+	}
+	text, err := read(c)
+	if err != nil {
+		return fail(err)
+	}
+	q = netlock.Queue{Number: num, Bound: true}
+	if n, _ := fmt.Sscanf(text, sayDone+" %d %d %d", &q.Delivered, &q.Overflowed, &q.Lost); n != 3 {
+		return fail(errors.New(text))
+	}
+	return q, nil
+}
+
+func say(c *net.UnixConn, text string) error {
+	_, err := c.Write([]byte(text))
+	return err
+}
+
+func read(c *net.UnixConn) (string, error) {
+	b := make([]byte, maxMessage)
+	n, err := c.Read(b)
+	return strings.ToValidUTF8(string(b[:n]), ""), err
+}
+
+func hear(c *net.UnixConn, want string) error {
+	got, err := read(c)
+	if err == nil && got != want {
+		err = errors.New(got)
+	}
+	return err
+}
