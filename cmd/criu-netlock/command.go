@@ -66,6 +66,7 @@ type cli struct {
 	netns   []string
 	backend string
 	timeout string
+	mode    string
 	json    bool
 	all     bool
 	dryRun  bool
@@ -183,8 +184,10 @@ func (c *cli) root() *cobra.Command {
 		anyBy    = "the `BACKEND` to begin with, auto, nft or iptables: locks of both are removed all the same"
 		tryBy    = "ask about this `BACKEND`: auto, nft or iptables (default: the configuration's, auto)"
 	)
-	backend(timeout(targets(add(&cobra.Command{Use: "lock", Short: "Lock network namespaces: all of those given, or none",
+	lock := backend(timeout(targets(add(&cobra.Command{Use: "lock", Short: "Lock network namespaces: all of those given, or none",
 		Example: "  criu-netlock lock --pid 4711\n  criu-netlock lock --netns blue --netns /run/docker/netns/1a2b3c"}, c.lock), repeated)), lockBy)
+	lock.Flags().StringVar(&c.mode, "mode", "", "what becomes of what comes in: `MODE` drop, or hold, which keeps it for the unlock (default: the configuration's, drop)")
+	words(lock, "mode", config.Drop, config.Hold)
 	unlock := backend(timeout(targets(add(&cobra.Command{Use: "unlock", Short: "Unlock network namespaces, whichever backend locked them",
 		Example: "  criu-netlock unlock --pid 4711\n  criu-netlock unlock --all"}, c.unlock), repeated)), anyBy)
 	unlock.Flags().BoolVar(&c.all, "all", false, "every locked network namespace of this host, as list shows them")
@@ -259,6 +262,13 @@ func (c *cli) config() (cfg config.Config, fileErr, flagErr error) {
 			return cfg, fileErr, inputError("--timeout: %w", err)
 		}
 		cfg.Timeout = d
+	}
+	if c.mode != "" {
+		m, err := config.ParseMode(c.mode)
+		if err != nil || m == config.Auto {
+			return cfg, fileErr, inputError("--mode: %q is neither drop nor hold", c.mode)
+		}
+		cfg.Mode = m
 	}
 	return cfg, fileErr, nil
 }
@@ -357,6 +367,9 @@ type outcome struct {
 	Backend *string `json:"backend"`
 	Result  string  `json:"result"`
 	Error   *string `json:"error"`
+	// Mode is the lock's, NotHeld why it is drop where hold was asked for.
+	Mode    netlock.Mode `json:"mode,omitempty"`
+	NotHeld *string      `json:"not_held,omitempty"`
 
 	err error
 }
@@ -401,6 +414,11 @@ func (c *cli) report(os []outcome) error {
 		if o.Backend != nil {
 			fmt.Fprintf(&b, " (%s)", *o.Backend)
 		}
+		if o.NotHeld != nil {
+			fmt.Fprintf(&b, "; in mode drop: %s", *o.NotHeld)
+		} else if o.Mode == netlock.Hold {
+			b.WriteString(", holding")
+		}
 		b.WriteByte('\n')
 	}
 	_ = printText(b.String())
@@ -419,17 +437,24 @@ func (c *cli) lock() error {
 		return err
 	}
 	l := newLocker(cfg, parent())
+	holder := newHolder(cfg)
+	holder.HandsOn = true
+	if cfg.Mode == config.Hold {
+		l.Options.Mode, l.Options.Holder = netlock.Hold, holder
+	}
 	var stop error
 	out, err := within(c.start, cfg.Timeout, func(ctx context.Context) (out []outcome, _ error) {
 		ctx, done := interruptible(ctx)
 		defer done()
-		out, stop = lockAll(ctx, l, ts)
-		return out, nil
+		if out, stop = lockAll(ctx, l, ts); stop != nil {
+			return out, nil
+		}
+		return out, handOver(ts, holder)
 	})
-	if err != nil {
+	if err != nil && out == nil {
 		return err
 	}
-	err = c.report(out)
+	err = flat(c.report(out), err)
 	if err == nil && stop != nil {
 		err = stop
 	}
@@ -466,6 +491,10 @@ func lockAll(ctx context.Context, l *netlock.Locker, ts []target) (out []outcome
 		default:
 			mine[i] = true
 			out[i] = ts[i].outcome("locked", res.Backend, nil)
+		}
+		out[i].Mode = res.Mode
+		if res.NotHeld != nil {
+			out[i].NotHeld = orNull(told(res.NotHeld))
 		}
 	})
 	var signal *interrupted

@@ -4,6 +4,7 @@ package main
 
 import (
 	"errors"
+	"fmt"
 	"log/slog"
 	"os"
 	"slices"
@@ -92,4 +93,28 @@ func holdAttrs(rep action.Report) (attrs []slog.Attr, warn bool) {
 		warn = q.Overflowed > 0 || q.Lost > 0
 	}
 	return attrs, warn || rep.NotHeld != nil || rep.NotDelivered != nil
+}
+
+// runHolder is the life of the process that holds for a lock taken by hand.
+func runHolder(args []string) int {
+	cfg, _ := loadConfig(config.Path(os.LookupEnv)) // the lock is there, whatever it says by now
+	if err := guard.RunHolder(args, newHolder(cfg), guardLocker(cfg, parent())); err != nil {
+		return netlock.ExitCode(err) // who started this has gone long ago
+	}
+	return 0
+}
+
+// handOver starts a holder for every lock of this command that is to hold.
+func handOver(ts []target, h *guard.Holder) error {
+	var bad errs
+	for _, t := range ts {
+		q := h.Queue(t.ns)
+		if q == nil {
+			continue
+		}
+		if err := guard.StartHolder("/proc/self/exe", t.ns, q, readyTime); err != nil {
+			bad = append(bad, fmt.Errorf("%s: locked, but what comes is dropped, not held: %w", t, err))
+		}
+	}
+	return bad.all()
 }

@@ -231,3 +231,38 @@ func TestModeOf(t *testing.T) {
 		}
 	}
 }
+
+// By hand: a process of its own holds until the unlock.
+func TestHoldByHand(t *testing.T) {
+	l := newLine(t)
+	run(t, "lock", "--pid", l.pid, "--mode", "hold").want(t, 0, "locked (nft), holding")
+	run(t, "lock", "--pid", l.pid, "--mode", "hold").want(t, 0, "already locked (nft), holding")
+	l.send("a", "b")
+	l.expect()
+	run(t, "status", "--pid", l.pid, "--json").want(t, 0, `"mode": "hold"`, `"bound": true`, `"held": 2`)
+	run(t, "unlock", "--pid", l.pid).want(t, 0, "unlocked (nft)")
+	l.expect("a", "b")
+	eventually(t, "without a holder", func() bool { return len(holders(t)) == 0 })
+
+	run(t, "lock", "--pid", l.pid, "--mode", "hold").want(t, 0)
+	run(t, "lock", "--pid", l.pid, "--mode", "drop").want(t, 0, "locked (nft)")
+	run(t, "status", "--pid", l.pid, "--json").want(t, 0, `"mode": "drop"`)
+	eventually(t, "without a holder", func() bool { return len(holders(t)) == 0 })
+	run(t, "unlock", "--pid", l.pid).want(t, 0)
+	run(t, "lock", "--pid", l.pid, "--mode", "auto").want(t, 2, "")
+}
+
+// holders are the pids of the processes that hold for a lock by hand.
+func holders(t *testing.T) (pids []int) {
+	t.Helper()
+	all, err := tasks()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, pid := range all {
+		if w := words(pid); len(w) == 3 && w[0] == "criu-netlock" && w[1] == guard.HoldArg {
+			pids = append(pids, pid)
+		}
+	}
+	return pids
+}

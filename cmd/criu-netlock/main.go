@@ -23,6 +23,9 @@ func main() {
 	if len(os.Args) > 1 && os.Args[1] == guard.StartArg {
 		os.Exit(runGuardStart(os.Args[2:]))
 	}
+	if len(os.Args) > 1 && os.Args[1] == guard.HoldArg {
+		os.Exit(runHolder(os.Args[2:]))
+	}
 	if len(os.Args) == 1 {
 		if os.Getenv(action.EnvAction) != "" {
 			os.Exit(runHook(start))
