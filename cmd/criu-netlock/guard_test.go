@@ -151,6 +151,32 @@ func TestGuardUnlocksWhenCRIUIsKilled(t *testing.T) {
 	eventually(t, "unlocked", func() bool { return !s.isLocked(t) })
 }
 
+// stop stops a process. The signal comes sooner than the stop.
+func stop(t *testing.T, pid int) {
+	t.Helper()
+	if err := unix.Kill(pid, unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = unix.Kill(pid, unix.SIGKILL) })
+	eventually(t, "stopped", func() bool { return allIn(pid, "T") })
+}
+
+// allIn tells whether every thread of a process that is there is in one of the states.
+func allIn(pid int, states string) bool {
+	stats, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
+	for _, name := range stats {
+		b, err := os.ReadFile(name)
+		if err != nil {
+			continue // it is gone
+		}
+		_, rest, _ := strings.Cut(string(b), ") ")
+		if rest == "" || !strings.Contains(states, rest[:1]) {
+			return false
+		}
+	}
+	return true
+}
+
 // A hook whose guard is dead, stopped, or not to be had does the work itself.
 func TestHookWithoutItsGuard(t *testing.T) {
 	for name, break_ := range map[string]func(t *testing.T, pid int){
@@ -158,13 +184,9 @@ func TestHookWithoutItsGuard(t *testing.T) {
 			if err := unix.Kill(pid, unix.SIGKILL); err != nil {
 				t.Fatal(err)
 			}
+			eventually(t, "dead", func() bool { return allIn(pid, "ZX") })
 		},
-		"stopped": func(t *testing.T, pid int) {
-			if err := unix.Kill(pid, unix.SIGSTOP); err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(func() { _ = unix.Kill(pid, unix.SIGKILL) })
-		},
+		"stopped": stop,
 	} {
 		t.Run(name, func(t *testing.T) {
 			s, c := newSpace(t), newCRIU(t)
@@ -186,9 +208,7 @@ func TestGuardForgetsOldRequests(t *testing.T) {
 	s, c := newSpace(t), newCRIU(t)
 	c.ok(t, s.pid, "pre-dump", "network-lock")
 	g := c.guard(t)
-	if err := unix.Kill(g, unix.SIGSTOP); err != nil {
-		t.Fatal(err)
-	}
+	stop(t, g)
 	c.ok(t, s.pid, "network-unlock", "network-lock") // the hook's own work, both
 	if err := unix.Kill(g, unix.SIGCONT); err != nil {
 		t.Fatal(err)

@@ -98,7 +98,7 @@ func holdAttrs(rep action.Report) (attrs []slog.Attr, warn bool) {
 // runHolder is the life of the process that holds for a lock taken by hand.
 func runHolder(args []string) int {
 	cfg, _ := loadConfig(config.Path(os.LookupEnv)) // the lock is there, whatever it says by now
-	if err := guard.RunHolder(args, newHolder(cfg), guardLocker(cfg, parent())); err != nil {
+	if err := guard.RunHolder(args, newHolder(cfg), stayingLocker(&guard.Holder{})(cfg, parent())); err != nil {
 		return netlock.ExitCode(err) // who started this has gone long ago
 	}
 	return 0
