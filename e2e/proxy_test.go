@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -102,6 +103,62 @@ func TestProxyCallbackFails(t *testing.T) {
 			r.unlocks()
 			r.runsOn()
 			e.Client = plain("go-criu")
+			r.dump("", true)
+			r.finish()
+		})
+	}
+}
+
+// occupy takes both names of our tables in the container's namespace, for a process that
+// lives until release: nobody else can change them.
+func (r *run) occupy(path string) (release func(), err error) {
+	cmd := r.l.CommandIn(r.ctx, path, "nft", "-i")
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		return nil, err
+	}
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	release = func() {
+		_ = in.Close() // it ends with its input, and the tables with it
+		_ = cmd.Wait()
+	}
+	if _, err = io.WriteString(in, "add table inet criu-netlock { flags owner; }\nadd table inet criu-netlock-2 { flags owner; }\n"); err == nil {
+		err = testbed.Poll(r.ctx, func() error {
+			rules, err := r.l.Rules(r.ctx, path)
+			if tables, _, _ := ours(rules); err == nil && len(tables) != 2 {
+				err = fmt.Errorf("not yet occupied:\n%s", rules)
+			}
+			return err
+		})
+	}
+	if err != nil {
+		release()
+	}
+	return release, err
+}
+
+// A lock that the kernel refuses aborts the dump, and the container runs on.
+func TestProxyRefused(t *testing.T) {
+	for _, client := range []string{"go-criu", "deaf", "runc"} {
+		t.Run(client, func(t *testing.T) {
+			r := newProxyRun(t, client, "skip")
+			release := func() {}
+			r.l.hooks.Handle(func(h testbed.Hook) (err error) {
+				if h.Action == "pre-dump" { // all was well until now
+					release, err = r.occupy(r.e.Netns())
+				}
+				return err
+			})
+			err := r.e.Dump(r.ctx, false)
+			r.l.hooks.Handle(nil)
+			release()
+			log, e := r.e.Log()
+			if err == nil || e != nil || !strings.Contains(log, `msg="network-lock failed" action=network-lock`) {
+				t.Errorf("%v, %v\n%s", err, e, ofInterest(log))
+			}
+			r.runsOn()
 			r.dump("", true)
 			r.finish()
 		})
