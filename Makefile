@@ -66,9 +66,10 @@ fuzz: deps-go ## run every fuzz target for FUZZTIME
 tool = @mkdir -p $(CACHE); [ -x $(CACHE)/$(notdir $(subst @,-,$(1))) ] || { GOBIN=$(CACHE)/lint.tmp $(GO) install $(1) && \
   mv $(CACHE)/lint.tmp/$(notdir $(firstword $(subst @, ,$(1)))) $(CACHE)/$(notdir $(subst @,-,$(1))); }
 
-lint: deps-go ## gofmt, vet, golangci-lint, govulncheck, go mod tidy and verify
+lint: deps-go deps-c ## gofmt, vet, golangci-lint, govulncheck, go mod tidy and verify
 	@out=$$(gofmt -l .); [ -z "$$out" ] || { echo "gofmt: $$out"; exit 1; }
 	$(GO) vet ./...
+	CGO_ENABLED=1 $(GO) vet -tags clibrary ./cmd/libcriunetlock
 	$(GO) mod verify
 	$(GO) mod tidy -diff
 	$(call tool,$(LINT))

@@ -208,7 +208,7 @@ func (c *cli) root() *cobra.Command {
 		Long: "Write into CRIU's configuration what makes an engine call criu-netlock, after showing the\n" +
 			"change. Engines: criu and lxc (/etc/criu/default.conf), runc, podman and docker\n" +
 			"(/etc/criu/runc.conf), crun (/etc/criu/crun.conf). Twice is the same as once; --undo gives\n" +
-			"the file back as it was. With --as-criu the hooks are no processes, and any CRIU will do:\n" +
+			"the file back as it was. With --as-criu the hooks are no processes, for CRIU older than 3.19 too:\n" +
 			"criu-netlock stands between CRIU and the engine.",
 		Example:           "  criu-netlock setup docker --tcp-established\n  criu-netlock setup --undo docker",
 		RunE:              func(_ *cobra.Command, args []string) error { c.ran = true; return c.setup(args) },
