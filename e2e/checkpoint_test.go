@@ -184,7 +184,7 @@ func (r *run) restore(failAt string) []string {
 		r.silence()
 	}
 	r.diesAt = failAt
-	if failAt == "setup-namespaces" {
+	if failAt == "pre-restore" || failAt == "setup-namespaces" {
 		r.diesAt = "" // it has no link yet
 	}
 	return r.do("restore", failAt, func() error { return r.e.Restore(r.ctx) })

@@ -100,6 +100,27 @@ func openEngine(t *testing.T, setup string, start func(context.Context, *testbed
 	return l, n
 }
 
+// TestEnginesKilled is TestKilled with LXC.
+func TestEnginesKilled(t *testing.T) {
+	dumps, restores := []string{"network-lock"}, []string{"post-setup-namespaces"}
+	if *everyHook {
+		dumps = []string{"pre-dump", "network-lock", "post-dump", "network-unlock"}
+		restores = []string{"pre-restore", "setup-namespaces", "post-setup-namespaces", "post-restore"}
+	}
+	for _, e := range engines {
+		if e.name != "lxc" {
+			continue // they have CRIU through runc
+		}
+		l, n := openEngine(t, e.setup, e.start)
+		for _, hook := range dumps {
+			t.Run(e.name+"/dump/"+hook, func(t *testing.T) { e.run(t, l, n).killedDump(hook) })
+		}
+		for _, hook := range restores {
+			t.Run(e.name+"/restore/"+hook, func(t *testing.T) { e.run(t, l, n).killedRestore(hook) })
+		}
+	}
+}
+
 // TestEngines is TestCheckpoint with the engines that people use: nothing of theirs
 // is replaced, neither their networks nor their calls of CRIU.
 func TestEngines(t *testing.T) {

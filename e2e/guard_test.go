@@ -2,7 +2,9 @@ package e2e
 
 import (
 	"context"
+	"flag"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -11,51 +13,70 @@ import (
 	"github.com/criu-netlock/criu-netlock/e2e/testbed"
 )
 
-// CRIU is killed at every hook at which something is locked. It cannot call any further
-// hook then: what remains is the guard.
+// everyHook: TestKilled kills CRIU at every hook, and not at those alone at which
+// something is locked; make faults.
+var everyHook = flag.Bool("every-hook", false, "kill CRIU at every hook")
+
+// CRIU is killed at the hooks at which something is locked, or at all. It cannot call any
+// further hook then: what remains is the guard.
 func TestKilled(t *testing.T) {
+	dumps, restores := []string{"network-lock", "post-dump"}, []string{"setup-namespaces", "post-setup-namespaces", "post-restore"}
+	if *everyHook {
+		dumps = append(dumps, "pre-dump", "network-unlock")
+		restores = append(restores, "pre-restore", "network-unlock", "pre-resume", "post-resume")
+	}
 	for _, engine := range []string{"criu", "runc"} {
-		for _, hook := range []string{"network-lock", "post-dump"} {
-			t.Run(engine+"/dump/"+hook, func(t *testing.T) {
-				r := newRun(t, engine, "skip")
-				r.killAt = hook
-				r.dump(hook, true)
-				r.killAt = ""
-				r.unlocks()
-				if hook == "post-dump" {
-					// CRIU had switched the sockets to TCP_REPAIR, and cannot switch them back:
-					// the task's next read fails. The container has a network, not its connections.
-					if err := r.probe("after CRIU was killed", r.e.Netns(), false); err != nil {
-						t.Error(err)
-					}
-					return
-				}
-				r.flows("after CRIU was killed")
-				// And the next dump is good.
-				want(t, r.dump("", true), "pre-dump", "network-lock", "post-dump", "network-unlock")
-				r.finish()
-			})
+		for _, hook := range dumps {
+			t.Run(engine+"/dump/"+hook, func(t *testing.T) { newRun(t, engine, "skip").killedDump(hook) })
 		}
 		if engine == "runc" {
 			// A killed CRIU leaves runc half a container, in a frozen cgroup and with mounts
 			// that runc itself cannot remove.
 			continue
 		}
-		for _, hook := range []string{"setup-namespaces", "post-setup-namespaces", "post-restore"} {
-			t.Run(engine+"/restore/"+hook, func(t *testing.T) {
-				r := newRun(t, engine, "skip")
-				r.dump("", false)
-				r.killAt = hook
-				r.restore(hook)
-				r.killAt = ""
-				r.killHalfRestored()
-				r.unguarded()
-				r.dead()
-				r.restore("")
-				r.finish()
-			})
+		for _, hook := range restores {
+			t.Run(engine+"/restore/"+hook, func(t *testing.T) { newRun(t, engine, "skip").killedRestore(hook) })
 		}
 	}
+}
+
+// killedDump dumps, and CRIU is killed at a hook.
+func (r *run) killedDump(hook string) {
+	r.t.Helper()
+	r.killAt = hook
+	r.dump(hook, true)
+	r.killAt = ""
+	r.unlocks()
+	if hook == "post-dump" {
+		// CRIU had switched the sockets to TCP_REPAIR, and cannot switch them back:
+		// the task's next read fails. The container has a network, not its connections.
+		if err := r.probe("after CRIU was killed", r.e.Netns(), false); err != nil {
+			r.t.Error(err)
+		}
+		return
+	}
+	r.flows("after CRIU was killed")
+	// And the next dump is good.
+	want(r.t, r.dump("", true), "pre-dump", "network-lock", "post-dump", "network-unlock")
+	r.finish()
+}
+
+// killedRestore restores, and CRIU is killed at a hook.
+func (r *run) killedRestore(hook string) {
+	r.t.Helper()
+	r.dump("", false)
+	r.killAt = hook
+	r.restore(hook)
+	r.killAt = ""
+	r.killHalfRestored()
+	r.unguarded()
+	if slices.Contains([]string{"network-unlock", "pre-resume", "post-resume"}, hook) {
+		// It was unlocked by then: the peers know that the other end is gone.
+		return
+	}
+	r.dead()
+	r.restore("")
+	r.finish()
 }
 
 // unlocks waits until the guard has unlocked and is gone.
