@@ -21,7 +21,7 @@ func TestFlood(t *testing.T) {
 		t.Run(string(v), func(t *testing.T) {
 			c := netlocktest.IPTables(t, string(v), func() netlock.Backend { return iptables.New(v) })
 			netlocktest.Flood(t, c.New, 100)
-			netlocktest.FloodRepair(t, c, 20)
+			netlocktest.FloodRepair(t, c, 20, 1)
 		})
 	}
 }

@@ -17,7 +17,7 @@ func TestConformance(t *testing.T) {
 func TestFlood(t *testing.T) { netlocktest.Flood(t, newBackend, 2000) }
 
 func TestFloodRepair(t *testing.T) {
-	netlocktest.FloodRepair(t, netlocktest.NFT(t, newBackend), 100)
+	netlocktest.FloodRepair(t, netlocktest.NFT(t, newBackend), 100, 1)
 }
 
 func TestHostile(t *testing.T) { netlocktest.HostileNFT(t, newBackend) }

@@ -34,11 +34,16 @@ var backends = []struct{ name, config, hide string }{
 func eachBackend(t *testing.T, body func(t *testing.T, l *lab)) {
 	for _, b := range backends {
 		t.Run(b.name, func(t *testing.T) {
-			if in := os.Getenv(envInside); in != "" && in != t.Name() {
-				return
-			}
-			onItsHost(t, func(t *testing.T) { body(t, newLab(t, b.name, b.config)) }, "HIDE="+b.hide)
+			inside(t, func(t *testing.T) { body(t, newLab(t, b.name, b.config)) }, "HIDE="+b.hide)
 		})
+	}
+}
+
+// inside is onItsHost for one of several subtests.
+func inside(t *testing.T, body func(*testing.T), env ...string) {
+	t.Helper()
+	if in := os.Getenv(envInside); in == "" || in == t.Name() {
+		onItsHost(t, body, env...)
 	}
 }
 

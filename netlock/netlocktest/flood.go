@@ -44,17 +44,20 @@ const (
 const perPhase = 250
 
 // FloodRepair floods a lock whose rules get doubled, as by the restore of an image,
-// and are replaced by another Lock: between the two there is no gap either.
-func FloodRepair(t *testing.T, c Config, cycles int) {
+// and are replaced by another Lock, so many times a cycle: between the two there is no gap
+// either.
+func FloodRepair(t *testing.T, c Config, cycles, repairs int) {
 	t.Helper()
 	p := NewPair(t)
 	s := c.on(t, p.Inside)
 	flood{
 		lock: func() error { s.lock(); return nil },
 		locked: func() error {
-			c.Replay(p.Inside)
-			if res := s.lock(); res.Already {
-				return errors.New("doubled rules were left alone")
+			for range repairs {
+				c.Replay(p.Inside)
+				if res := s.lock(); res.Already {
+					return errors.New("doubled rules were left alone")
+				}
 			}
 			return nil
 		},
