@@ -13,8 +13,6 @@ import (
 	"os"
 	"strconv"
 	"sync"
-	"sync/atomic"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -173,21 +171,6 @@ func verdict(last, mark uint32) []byte {
 		b = Attr(b, nfqaMark, binary.BigEndian.AppendUint32(nil, mark))
 	}
 	return b
-}
-
-// Rush calls Accept over and over until stop. It keeps its processor meanwhile, as a
-// plain system call would not: what it is for is that nothing stays in the queue for
-// longer than a few microseconds.
-func (q *Queue) Rush(last, mark uint32, started func(), stop *atomic.Bool) {
-	b := q.message(nfqnlMsgVerdictBatch, 0, verdict(last, mark))
-	to := unix.RawSockaddrNetlink{Family: unix.AF_NETLINK}
-	for first := true; !stop.Load(); first = false {
-		_, _, _ = unix.RawSyscall6(unix.SYS_SENDTO, uintptr(q.fd), uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)), 0,
-			uintptr(unsafe.Pointer(&to)), unix.SizeofSockaddrNetlink) // whoever calls looks what is left
-		if first {
-			started()
-		}
-	}
 }
 
 // Wait waits until the kernel has told of a packet, or until stop is readable.
