@@ -48,9 +48,10 @@ const (
 	Hold = "hold"
 )
 
-// Bounds of hold-packets and hold-bytes.
+// Bounds of hold-packets and hold-bytes. Linux 6.18 keeps no more than 65,536 packets in a
+// queue, whatever it is told.
 const (
-	MaxHoldPackets = 1 << 20
+	MaxHoldPackets = 65536
 	MinHoldBytes   = 64 << 10
 	MaxHoldBytes   = 4 << 30
 )
