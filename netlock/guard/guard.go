@@ -166,15 +166,11 @@ func (g *Guard) Serve() error {
 	g.place = s
 	defer s.close()
 	done := make(chan struct{}, 1)
-	go s.serve(func(r Request) Answer {
-		a := g.hook(r)
-		if a.over {
-			select {
-			case done <- struct{}{}:
-			default:
-			}
+	go s.serve(g.hook, func() {
+		select {
+		case done <- struct{}{}:
+		default:
 		}
-		return a
 	})
 	g.Ready()
 	gone := make(chan struct{})

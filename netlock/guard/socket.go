@@ -172,7 +172,7 @@ func (s *server) close() { s.l.Close() }
 // idle is how long a connection may say nothing.
 const idle = time.Second
 
-func (s *server) serve(do func(Request) Answer) {
+func (s *server) serve(do func(Request) Answer, over func()) {
 	s.accept(func(c *net.UnixConn) {
 		go func() {
 			defer c.Close()
@@ -191,6 +191,9 @@ func (s *server) serve(do func(Request) Answer) {
 			a := do(r)
 			if c.SetDeadline(time.Now().Add(idle)) == nil {
 				_, _ = c.Write(a.encode()) // a hook that is gone asks nobody
+			}
+			if a.over { // not before: the process ends then
+				over()
 			}
 		}()
 	})
