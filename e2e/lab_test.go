@@ -200,6 +200,12 @@ const bySetup = "setup"
 // set as given; "criu-shared" and "runc-shared" put it into CRIU's own namespace. When the test ends, nothing may be left of it.
 func begin(t *testing.T, engine, lock string, scripts ...string) *fixture {
 	t.Helper()
+	return beginWith(t, engine, lock, []string{workloadPath}, scripts...)
+}
+
+// beginWith is begin for a container that runs something else.
+func beginWith(t *testing.T, engine, lock string, argv []string, scripts ...string) *fixture {
+	t.Helper()
 	l := openLab(t)
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	t.Cleanup(cancel)
@@ -227,7 +233,7 @@ func begin(t *testing.T, engine, lock string, scripts ...string) *fixture {
 		t.Fatal(err)
 	}
 	l.hooks.Handle(nil)
-	c := testbed.Container{S: l.Session, Net: f.net, ID: id, Scripts: scripts, Lock: lock, Argv: []string{workloadPath}}
+	c := testbed.Container{S: l.Session, Net: f.net, ID: id, Scripts: scripts, Lock: lock, Argv: argv}
 	switch engine {
 	case "criu":
 		f.e = &testbed.CLI{Container: c}

@@ -44,6 +44,8 @@ type Container struct {
 	Lock string
 	// Argv is the workload as the session sees it.
 	Argv []string
+	// Options are more lines of CRIU's configuration, where runc is the engine.
+	Options []string
 	// Hooks have the log where an engine removes it.
 	Hooks *Hooks
 
@@ -423,6 +425,9 @@ func (e *Runc) configure() error {
 	var b strings.Builder
 	for _, s := range e.lastFirst() {
 		b.WriteString("action-script " + s + "\n")
+	}
+	for _, s := range e.Options {
+		b.WriteString(s + "\n")
 	}
 	if err := os.WriteFile(filepath.Join(host, "criu.conf"), []byte(b.String()), 0o644); err != nil {
 		return err

@@ -42,7 +42,8 @@ func main() {
 }
 
 // other is what the workload's companions in a pod do: "pause" nothing, which keeps
-// the pod's namespaces; "stream PORT" serves numbered streams at that port.
+// the pod's namespaces; "stream PORT" serves numbered streams at that port; "numbers"
+// answers bytes and counts datagrams.
 func other(args []string) error {
 	switch {
 	case len(args) == 1 && args[0] == "pause":
@@ -55,6 +56,17 @@ func other(args []string) error {
 			return err
 		}
 		return listen(map[int]func(*net.TCPConn){port: stream})
+	case len(args) == 1 && args[0] == "numbers":
+		c, err := net.ListenPacket("udp4", ":"+strconv.Itoa(traffic.EchoPort))
+		if err != nil {
+			return err
+		}
+		// While it is frozen nobody reads what is delivered: as much room as there is to be had.
+		if err := c.(*net.UDPConn).SetReadBuffer(16 << 20); err != nil {
+			return err
+		}
+		go func() { log.Fatal(traffic.ServeNumbers(c)) }()
+		return listen(map[int]func(*net.TCPConn){traffic.EchoPort: traffic.Echo})
 	}
 	return fmt.Errorf("unknown arguments %q", args)
 }

@@ -1,0 +1,67 @@
+package traffic
+
+import (
+	"encoding/binary"
+	"fmt"
+	"io"
+	"net"
+	"strings"
+)
+
+// EchoPort answers every byte, and counts numbered datagrams.
+const EchoPort = 7400
+
+// Echo sends back what comes.
+func Echo(c *net.TCPConn) {
+	defer c.Close()
+	_, _ = io.Copy(c, c) // the peer knows what it lacks
+}
+
+// Report asks for a Count; the answer is its text.
+const Report = "report"
+
+// Count is what became of datagrams numbered from 1 on.
+type Count struct {
+	// Came are those that came, Late those of them behind a higher number, Twice those
+	// that had come before. Last is the highest number.
+	Came, Late, Twice, Last uint64
+}
+
+func (n Count) String() string { return fmt.Sprint(n.Came, " ", n.Late, " ", n.Twice, " ", n.Last) }
+
+// ParseCount reads what String has written.
+func ParseCount(s string) (n Count, err error) {
+	_, err = fmt.Sscan(s, &n.Came, &n.Late, &n.Twice, &n.Last)
+	return n, err
+}
+
+// Numbered is a datagram with a number.
+func Numbered(n uint64) []byte { return binary.BigEndian.AppendUint64(nil, n) }
+
+// ServeNumbers counts numbered datagrams, and reports to who asks.
+func ServeNumbers(c net.PacketConn) error {
+	var count Count
+	seen := map[uint64]bool{}
+	b := make([]byte, 64)
+	for {
+		n, from, err := c.ReadFrom(b)
+		switch {
+		case err != nil:
+			return err
+		case strings.HasPrefix(string(b[:n]), Report):
+			if _, err := c.WriteTo([]byte(count.String()), from); err != nil {
+				return err
+			}
+		case n == 8:
+			v := binary.BigEndian.Uint64(b)
+			count.Came++
+			if seen[v] {
+				count.Twice++
+			} else if v < count.Last {
+				count.Late++
+			}
+			seen[v] = true
+			count.Last = max(count.Last, v)
+		}
+	}
+}
