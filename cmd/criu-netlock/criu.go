@@ -26,6 +26,7 @@ import (
 	"github.com/criu-netlock/criu-netlock/netlock/config"
 	"github.com/criu-netlock/criu-netlock/netlock/criurpc"
 	"github.com/criu-netlock/criu-netlock/netlock/guard"
+	"github.com/criu-netlock/criu-netlock/nft"
 )
 
 const (
@@ -226,10 +227,12 @@ func proxy(args []string) error {
 	unix.Close(pair[1])
 	cfg, cfgErr := loadConfig(config.Path(os.LookupEnv))
 	p := criurpc.Proxy{Client: fdClient, CRIU: pair[0], ClientPID: pids[0], CRIUPID: pids[1]}
-	locker := stayingLocker(&guard.Holder{})
+	kernel := &nft.Kernel{}
+	locker := stayingLocker(newHolder(cfg), nft.WithKernel(kernel))
 	p.Begin = func(opts *rpc.CriuOpts) criurpc.Options {
 		o := criurpc.Options{
 			Locker: locker(cfg, netlock.Caller{}), Timeout: cfg.Timeout, OnFailedRestore: guard.Policy(cfg.OnFailedRestore), Refuse: cfgErr,
+			Mode: modeOfRequest(cfg, kernel, opts),
 		}
 		// Should we be killed, nobody else would end the lock.
 		if o.Guard = "/proc/self/exe"; !cfg.Guard {

@@ -11,6 +11,9 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/checkpoint-restore/go-criu/v8/rpc"
+	"golang.org/x/sys/unix"
+
 	"github.com/criu-netlock/criu-netlock/netlock"
 	"github.com/criu-netlock/criu-netlock/netlock/action"
 	"github.com/criu-netlock/criu-netlock/netlock/config"
@@ -30,14 +33,27 @@ var errImage = errors.New("this kernel has no nft_queue, and without it the imag
 // modeOf is what the configuration's mode means in a checkpoint. What cannot be held in
 // spite of it has a reason.
 func modeOf(cfg config.Config, phase guard.Phase, criu int, k *nft.Kernel) (netlock.Mode, error) {
+	return decideMode(cfg, phase, k, func() bool { return leavesRunning(criu) }, func() bool { return dumpsRules(words(criu)) })
+}
+
+func decideMode(cfg config.Config, phase guard.Phase, k *nft.Kernel, leavesRunning, dumpsRules func() bool) (netlock.Mode, error) {
 	switch {
 	case cfg.Mode != config.Hold && cfg.Mode != config.Auto,
-		cfg.Mode == config.Auto && phase == guard.Dump && !leavesRunning(criu):
+		cfg.Mode == config.Auto && phase == guard.Dump && !leavesRunning():
 		return netlock.Drop, nil
-	case phase == guard.Dump && k != nil && k.NoQueue() && dumpsRules(words(criu)):
+	case phase == guard.Dump && k != nil && k.NoQueue() && dumpsRules():
 		return netlock.Drop, errImage
 	}
 	return netlock.Hold, nil
+}
+
+// modeOfRequest is modeOf where CRIU's client says what it wants.
+func modeOfRequest(cfg config.Config, k *nft.Kernel, opts *rpc.CriuOpts) func(guard.Phase, bool) (netlock.Mode, error) {
+	external := slices.ContainsFunc(opts.GetExternal(), func(s string) bool { return strings.HasPrefix(s, "net[") })
+	dumpsRules := opts.GetEmptyNs()&unix.CLONE_NEWNET == 0 && !external
+	return func(phase guard.Phase, leavesRunning bool) (netlock.Mode, error) {
+		return decideMode(cfg, phase, k, func() bool { return leavesRunning }, func() bool { return dumpsRules })
+	}
 }
 
 // words is a process's command line.

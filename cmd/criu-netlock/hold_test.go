@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/checkpoint-restore/go-criu/v8/rpc"
 	"golang.org/x/sys/unix"
 
 	"github.com/criu-netlock/criu-netlock/netlock"
@@ -216,6 +217,23 @@ func TestModeOf(t *testing.T) {
 	} {
 		if got, err := modeOf(config.Config{Mode: c.mode}, c.phase, 1, nil); got != c.want || err != nil {
 			t.Errorf("%s in a %s: %s, %v", c.mode, c.phase, got, err)
+		}
+	}
+	yes, net := true, uint32(unix.CLONE_NEWNET)
+	for name, c := range map[string]struct {
+		mode   string
+		leaves bool
+		opts   *rpc.CriuOpts
+		want   netlock.Mode
+	}{
+		"hold":                     {"hold", false, &rpc.CriuOpts{}, netlock.Hold},
+		"auto, killing":            {"auto", false, &rpc.CriuOpts{}, netlock.Drop},
+		"auto, leaving running":    {"auto", true, &rpc.CriuOpts{LeaveRunning: &yes}, netlock.Hold},
+		"auto, the namespace left": {"auto", true, &rpc.CriuOpts{LeaveRunning: &yes, EmptyNs: &net}, netlock.Hold},
+		"drop":                     {"drop", true, &rpc.CriuOpts{}, netlock.Drop},
+	} {
+		if got, err := modeOfRequest(config.Config{Mode: c.mode}, nil, c.opts)(guard.Dump, c.leaves); got != c.want || err != nil {
+			t.Errorf("%s: %s, %v", name, got, err)
 		}
 	}
 	for line, want := range map[string]bool{

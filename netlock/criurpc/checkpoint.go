@@ -29,8 +29,9 @@ type Checkpoint struct {
 
 	// What follows belongs to the holder of turn.
 	handler *action.Handler
-	pid     int // the root task's, when it is known
-	criu    int // CRIU's, 0 if unknown
+	locker  *netlock.Locker // the handler's
+	pid     int             // the root task's, when it is known
+	criu    int             // CRIU's, 0 if unknown
 	ns      *netlock.Namespace
 	task    int // a pidfd of the root task, -1 if there is none
 	// open: something of ours may be in force, and nobody has taken it off.
@@ -80,12 +81,22 @@ func (c *Checkpoint) byTable(ctx context.Context, ev action.Event) (action.Repor
 		if l.Options.Caller == (netlock.Caller{}) {
 			l.Options.Caller = ev.Caller
 		}
+		c.locker = &l
 		c.handler = &action.Handler{
 			Locker: &l, Open: c.openHeld,
 			Trial: func(ctx context.Context) (netlock.Result, error) { return netlock.Trial(ctx, &l) },
 		}
 	}
-	return c.handler.Handle(ctx, ev)
+	if c.o.Mode == nil {
+		return c.handler.Handle(ctx, ev)
+	}
+	var notHeld error
+	c.locker.Options.Mode, notHeld = c.o.Mode(c.phase, c.leavesRunning)
+	rep, err := c.handler.Handle(ctx, ev)
+	if rep.Mode == netlock.Drop && rep.NotHeld == nil && action.OpOf(ev.Action) != action.Unlock {
+		rep.NotHeld = notHeld
+	}
+	return rep, err
 }
 
 // Handle does what the notification called name is for. pid is what CRIU has sent with
@@ -310,12 +321,30 @@ func (c *Checkpoint) End(err error) error {
 		}
 		c.over = true
 		defer c.drop()
-		if c.open && c.toUnlock(ctx, err) {
+		switch {
+		case !c.open:
+		case c.toUnlock(ctx, err):
 			_, c.failed = c.o.Locker.Unlock(ctx, c.ns)
+		default:
+			c.failed = c.giveUp(ctx)
 		}
 		return struct{}{}, errors.Join(c.failed, c.tampered)
 	})
 	return errors.Join(err, e)
+}
+
+// giveUp makes a lock of mode hold one of mode drop: nobody is left to deliver to.
+func (c *Checkpoint) giveUp(ctx context.Context) error {
+	if c.locker == nil || c.locker.Options.Mode != netlock.Hold {
+		return nil
+	}
+	l := *c.locker
+	l.Options.Mode = netlock.Drop
+	_, err := l.Lock(ctx, c.ns)
+	if l.Options.Holder != nil {
+		l.Options.Holder.Drop(c.ns)
+	}
+	return err
 }
 
 // warmUp keeps nf_tables' hooks in use on this machine until the checkpoint is over: the

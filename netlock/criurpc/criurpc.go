@@ -99,6 +99,11 @@ type Options struct {
 	// or /usr/local/sbin, NoGuard none. Where it cannot be had, the Log is told why, and
 	// the checkpoint goes on.
 	Guard string
+	// Mode, if set, says which mode the lock of a dump or a restore is to have, in place of
+	// that of the Locker's Options, and why it is not to hold where that is asked for.
+	// For mode hold the Locker's Options need a Holder, which this process is then: it has
+	// to live until the end of the checkpoint.
+	Mode func(phase guard.Phase, leavesRunning bool) (mode netlock.Mode, notHeld error)
 	// Refuse, if set, is why nothing can be locked. Unlocking goes on all the same.
 	Refuse error
 	// Log, if set, is told of every notification that does something.
