@@ -44,7 +44,7 @@ type Backend struct {
 // Kernel is what has been learned of the kernel: Backends may share it.
 type Kernel struct{ noQueue atomic.Bool }
 
-// NoQueue: a lock of mode hold has been tried, and the kernel has no queue expression. The
+// NoQueue tells that a lock of mode hold has been tried, and the kernel has no queue expression. The
 // NFQUEUE target of xtables that is used then is printed by nft in words that it cannot
 // read in again on such a kernel.
 func (k *Kernel) NoQueue() bool { return k.noQueue.Load() }

@@ -42,7 +42,7 @@ const (
 	netlinkNoENOBUF = 5
 )
 
-// ErrQueueTaken: another socket has bound the queue of that number.
+// ErrQueueTaken means that another socket has bound the queue of that number.
 var ErrQueueTaken = errors.New("the queue is taken")
 
 // Queue is a socket that has bound one queue. Its methods may be called side by side.
@@ -134,7 +134,7 @@ func (q *Queue) FD() int { return q.fd }
 
 // Close gives the queue up: the kernel drops what is in it. No method may be called
 // meanwhile or afterwards.
-func (q *Queue) Close() error { return unix.Close(q.fd) }
+func (q *Queue) Close() { unix.Close(q.fd) }
 
 // post sends one message. The kernel has dealt with it when this returns.
 func (q *Queue) post(typ uint8, flags uint16, attrs []byte) error {
