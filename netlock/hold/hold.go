@@ -50,9 +50,11 @@ var _ netlock.Holder = (*Holder)(nil)
 // held is one bound queue, and who reads its socket: unread, it would fill.
 type held struct {
 	*nfnl.Queue
-	bytes  uint64
-	stopFD int
-	done   chan struct{}
+	bytes uint64
+	// delivered by a Release that failed later.
+	delivered uint64
+	stopFD    int
+	done      chan struct{}
 }
 
 func newHeld(q *nfnl.Queue, bytes uint64) (*held, error) {
@@ -102,7 +104,7 @@ func (h *Holder) Bind(ctx context.Context, ns *netlock.Namespace) (num uint16, f
 	if err != nil {
 		return 0, false, failure("bind a queue", ns, err)
 	}
-	return q.Number(), true, h.add(ns, q)
+	return q.Number(), true, h.add(ns, q, 0)
 }
 
 // bind takes the first queue that is free.
@@ -119,7 +121,7 @@ func bind(ctx context.Context, packets uint32) (q *nfnl.Queue, err error) {
 	return nil, err
 }
 
-func (h *Holder) add(ns *netlock.Namespace, q *nfnl.Queue) error {
+func (h *Holder) add(ns *netlock.Namespace, q *nfnl.Queue, delivered uint64) error {
 	bytes := h.Bytes
 	if bytes == 0 {
 		bytes = DefaultBytes
@@ -129,6 +131,7 @@ func (h *Holder) add(ns *netlock.Namespace, q *nfnl.Queue) error {
 		q.Close()
 		return failure("hold", ns, err)
 	}
+	k.delivered = delivered
 	if h.holds == nil {
 		h.holds = map[uint64]*held{}
 	}
@@ -183,11 +186,13 @@ func (h *Holder) Release(ctx context.Context, ns *netlock.Namespace, num uint16,
 	}
 	k.stop()
 	err = ns.Do(func() error {
-		out, err = release(ctx, k.Queue, criuMark(ctx), open)
+		out, err = release(ctx, k.Queue, k.delivered, criuMark(ctx), open)
 		return err
 	})
 	if err != nil {
-		return out, failure("deliver", ns, errors.Join(err, h.Adopt(ns, k.Queue)))
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		return out, failure("deliver", ns, errors.Join(err, h.add(ns, k.Queue, out.Delivered)))
 	}
 	go k.Close() // which may wait for an RCU grace period
 	return out, nil
@@ -197,7 +202,7 @@ func (h *Holder) Release(ctx context.Context, ns *netlock.Namespace, num uint16,
 func (h *Holder) Adopt(ns *netlock.Namespace, q *nfnl.Queue) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return h.add(ns, q)
+	return h.add(ns, q, 0)
 }
 
 // Queue is what Bind has bound in the namespace; nil if it has not. It stays the Holder's.
@@ -217,21 +222,23 @@ func (h *Holder) Queue(ns *netlock.Namespace) *nfnl.Queue {
 // kernel's opens a rule and empties a queue at once. (A second thread that delivers
 // without a pause makes that time shorter, and on a busy machine takes the processor from
 // the one that opens: the container waited up to 300 ms for it.)
-func release(ctx context.Context, q *nfnl.Queue, mark uint32, open func() error) (out netlock.Queue, err error) {
+func release(ctx context.Context, q *nfnl.Queue, delivered uint64, mark uint32, open func() error) (out netlock.Queue, err error) {
 	out = netlock.Queue{Number: q.Number(), Bound: true}
-	if out.Lost, err = lost(q.Number()); err != nil {
+	gone, err := lost(q.Number())
+	if err != nil {
 		return out, err
 	}
-	if _, err := drain(ctx, q, mark, rushes); err != nil {
-		return out, err
+	out.Lost = gone - min(gone, delivered)
+	st, err := drain(ctx, q, mark, rushes)
+	if err == nil {
+		err = open()
 	}
-	if err := open(); err != nil {
-		return out, err
+	if err == nil {
+		st, err = drain(ctx, q, mark, 0)
 	}
-	after, err := drain(ctx, q, mark, 0)
-	out.Overflowed = after.Full + after.Unread
-	if in := after.Counted - after.Unread; in > out.Lost+after.Held {
-		out.Delivered = in - out.Lost - after.Held
+	out.Overflowed = st.Full + st.Unread
+	if in := st.Counted - st.Unread; in > out.Lost+st.Held {
+		out.Delivered = in - out.Lost - st.Held
 	}
 	return out, err
 }
