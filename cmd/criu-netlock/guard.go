@@ -121,6 +121,7 @@ func runGuard(args []string) int {
 	criu := netlock.CallerOf(caller).For(c.Task)
 	kernel, holder := &nft.Kernel{}, newHolder(cfg)
 	locker := stayingLocker(holder, nft.WithKernel(kernel))
+	defer holder.Drop(c.NS) // and its place goes with it
 	if c.Queue != nil {
 		if err := holder.Adopt(c.NS, c.Queue); err != nil {
 			log("%v; what comes is dropped", err)
