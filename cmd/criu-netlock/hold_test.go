@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"net"
 	"os"
 	"strconv"
@@ -145,6 +146,11 @@ func TestHoldGuardKilled(t *testing.T) {
 	c.ok(t, l.pid, "pre-dump", "network-lock")
 	l.send("a", "b")
 	g := c.guard(t)
+	var st unix.Stat_t
+	if err := unix.Stat("/proc/"+l.pid+"/ns/net", &st); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.Remove(fmt.Sprintf("%s/hold-%d-%d", guard.Dir, st.Ino, 0xC114)) }) // a killed guard leaves it
 	if err := unix.Kill(g, unix.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
