@@ -436,10 +436,14 @@ func judge(t table, chainObjs [2]*nfnl.Object, rules []rule, wants texts) view {
 			} else {
 				v.out += r.packets
 			}
+			// Of a lock with rules before it, or half of which is gone, they say whose it was.
+			since, caller, err := netlock.ParseComment(r.comment)
+			if err == nil && v.since.IsZero() {
+				v.since, v.caller = since, caller
+			}
 			if last {
-				var err error
 				v.text = r.comment
-				if v.since, v.caller, err = netlock.ParseComment(r.comment); err != nil {
+				if err != nil {
 					blame(true, "has %v in chain %s", err, c.name)
 				}
 			}
