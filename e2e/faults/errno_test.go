@@ -35,7 +35,7 @@ func (l *lab) refuseHook(t *testing.T, h hookCase) {
 			faults = append(faults, p)
 		}
 	}
-	for i, p := range some(faults, 40) {
+	for i, p := range some(faults, 25) {
 		tr := trace{point: p}
 		follow := follows[i%len(follows)]
 		err := l.refused(h, &tr, follow, c)

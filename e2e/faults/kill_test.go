@@ -44,7 +44,7 @@ func (l *lab) killHook(t *testing.T, h hookCase) {
 	}
 	c := theTable.class("hook killed, " + l.backend)
 	defer c.wantPoints(t, c.points)
-	for i, p := range choose(clean.points(), 30) {
+	for i, p := range choose(clean.points(), 20) {
 		for j, follow := range follows {
 			if !*all && (i+j)%len(follows) != 0 {
 				continue

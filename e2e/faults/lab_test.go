@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -26,16 +27,32 @@ import (
 )
 
 // backends are the ways to lock; the host of the last has no legacy iptables.
-var backends = []struct{ name, config, hide string }{
-	{"nft", "nft", ""}, {"iptables-legacy", "iptables", ""}, {"iptables-nft", "iptables", "/usr/sbin/xtables-legacy-multi"},
+var backends = []backend{
+	{"nft", `backend = "nft"`, ""},
+	{"iptables-legacy", `backend = "iptables"`, ""},
+	{"iptables-nft", `backend = "iptables"`, "/usr/sbin/xtables-legacy-multi"},
 }
 
-// eachBackend runs a test on a host of its own for every backend.
-func eachBackend(t *testing.T, body func(t *testing.T, l *lab)) {
-	for _, b := range backends {
+// holding is the way to lock that keeps packets: the guard's affair.
+var holding = backend{"nft-hold", "backend = \"nft\"\nmode = \"hold\"", ""}
+
+// backend is a way to lock: its configuration, and the program that its host lacks.
+type backend struct{ name, config, hide string }
+
+// eachBackend runs a test on a host of its own for every backend, and some more.
+func eachBackend(t *testing.T, body func(t *testing.T, l *lab), more ...backend) {
+	together(t)
+	for _, b := range slices.Concat(backends, more) {
 		t.Run(b.name, func(t *testing.T) {
 			inside(t, func(t *testing.T) { body(t, newLab(t, b.name, b.config)) }, "HIDE="+b.hide)
 		})
+	}
+}
+
+// together lets the hosts of a test run beside those of others.
+func together(t *testing.T) {
+	if os.Getenv(envInside) == "" {
+		t.Parallel()
 	}
 }
 
@@ -66,7 +83,7 @@ type lab struct {
 
 func newLab(t *testing.T, backend, configured string) *lab {
 	l := &lab{Traffic: netlocktest.NewTraffic(t), t: t, backend: backend, dir: t.TempDir(),
-		config: fmt.Sprintf("backend = %q\n", configured)}
+		config: configured + "\n"}
 	l.pid = strconv.Itoa(l.Inside.PID())
 	l.look = netlock.New(nft.New(), iptables.New(iptables.Auto))
 	l.configure(l.config + "guard = false\n")
@@ -110,6 +127,10 @@ func (l *lab) unlocked() {
 // mixture is a namespace in which one family is locked, whole, and the other not.
 const mixture = "one family locked"
 
+// delivering is a namespace whose guard was killed as it delivered what it had held: what
+// goes out passes, what comes in does not yet.
+const delivering = "killed in delivering"
+
 // holds looks at the namespace and tells what is wrong with it: it is to be locked or
 // not, and its packets are to know it. With iptables, whose two families are two commits,
 // a process that was killed in between leaves a mixture of two whole halves.
@@ -118,19 +139,21 @@ func (l *lab) holds() (st netlock.State, seen string, err error) {
 	if err != nil {
 		return st, "", err
 	}
-	var open [2]bool
+	var open, out [2]bool
 	for i, w := range l.wires {
-		if open[i], err = w.open(); err != nil {
+		if open[i], out[i], err = w.passes(); err != nil {
 			return st, "", fmt.Errorf("IPv%d: %w; %+v", 4+2*i, err, st)
 		}
 	}
-	switch {
-	case st.Locked == !open[0] && st.Locked == !open[1]:
+	switch half := !st.Locked && st.Found; {
+	case open == out && st.Locked == !open[0] && st.Locked == !open[1]:
 		return st, "", nil
-	case !st.Locked && st.Found && l.backend != "nft" && open[0] != open[1]:
+	case half && open == out && strings.HasPrefix(l.backend, "iptables"): // and one is not as the other
 		return st, mixture, nil
+	case half && open == [2]bool{} && out == [2]bool{true, true} && l.backend == holding.name:
+		return st, delivering, nil
 	}
-	return st, "", fmt.Errorf("IPv4 passes: %t, IPv6 passes: %t, but %+v", open[0], open[1], st)
+	return st, "", fmt.Errorf("IPv4 passes: %t, %t, IPv6 passes: %t, %t, but %+v", open[0], out[0], open[1], out[1], st)
 }
 
 // is checks that the namespace is locked by exactly one lock, or by none at all, and that

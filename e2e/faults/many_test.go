@@ -87,7 +87,7 @@ func TestHooksAtOnce(t *testing.T) {
 // locks off: of one half by hooks, of the other by gc when CRIU is dead.
 func TestManyNamespaces(t *testing.T) {
 	onItsHost(t, func(t *testing.T) {
-		l := newLab(t, "nft", "nft")
+		l := newLab(t, "nft", backends[0].config)
 		l.configure(l.config + "guard = false\ntimeout = \"20s\"\n")
 		n := many(1000, 40)
 		count := theTable.class("many namespaces at once")
@@ -148,11 +148,12 @@ func TestManyNamespaces(t *testing.T) {
 // its time is the kernel, which waits for a grace period after each lock that goes, so
 // several namespaces wait side by side.
 func TestFloods(t *testing.T) {
+	together(t)
 	newNFT := func() netlock.Backend { return nft.New() }
 	for i := range many(2, 1) {
 		t.Run(fmt.Sprint("cycles-", i), func(t *testing.T) {
 			inside(t, func(t *testing.T) {
-				cycles := many(5000, 100)
+				cycles := many(5000, 20)
 				netlocktest.Flood(t, newNFT, cycles)
 				theTable.class("lock and unlock under a flood").floods(t, cycles)
 			})
@@ -168,7 +169,7 @@ func TestFloods(t *testing.T) {
 					}
 				}
 				const repairs = 50
-				cycles := many(200, 5)
+				cycles := many(200, 1)
 				netlocktest.FloodRepair(t, c, cycles, repairs)
 				theTable.class("lock replaced under a flood").floods(t, cycles*repairs)
 			})

@@ -14,7 +14,7 @@ import (
 func TestWires(t *testing.T) {
 	onItsHost(t, func(t *testing.T) {
 		probes := []string{"udp4-in", "udp6-in", "udp4-out", "udp6-out", "tcp4-in", "tcp6-out"}
-		l := newLab(t, "nft", "nft")
+		l := newLab(t, "nft", backends[0].config)
 		rules := func(family, hook, what string) {
 			l.Inside.Run("", "nft", fmt.Sprintf("add table %s half { chain c { type filter hook %s priority -400; %s drop; }; }", family, hook, what))
 			t.Cleanup(func() { l.Inside.Run("", "nft", "flush ruleset") })
@@ -61,7 +61,7 @@ func TestWires(t *testing.T) {
 // The tracer kills and refuses where it is told to.
 func TestTracer(t *testing.T) {
 	onItsHost(t, func(t *testing.T) {
-		l := newLab(t, "nft", "nft")
+		l := newLab(t, "nft", backends[0].config)
 		for _, c := range []struct {
 			p      point
 			code   int

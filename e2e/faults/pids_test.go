@@ -44,7 +44,7 @@ func TestTaskDies(t *testing.T) {
 			}
 			c := theTable.class("namespace deleted under a hook, " + l.backend)
 			defer c.wantPoints(t, c.points)
-			for _, p := range choose(clean.points(), 10) {
+			for _, p := range choose(clean.points(), 6) {
 				if noise(p.nr) {
 					continue
 				}

@@ -96,20 +96,24 @@ func await(fd int, token []byte, flags int) error {
 	}
 }
 
-// open tells whether datagrams pass, which has to be so both ways or neither.
+// passes tells whether datagrams pass, each way.
+func (w *wire) passes() (in, out bool, err error) {
+	if in, err = w.opensIn(); err != nil {
+		return in, out, fmt.Errorf("in: %w", err)
+	}
+	if out, err = w.opensOut(); err != nil {
+		return in, out, fmt.Errorf("out: %w", err)
+	}
+	return in, out, nil
+}
+
+// open is passes for what has to be so both ways or neither.
 func (w *wire) open() (bool, error) {
-	in, err := w.opensIn()
-	if err != nil {
-		return false, fmt.Errorf("in: %w", err)
+	in, out, err := w.passes()
+	if err == nil && in != out {
+		err = fmt.Errorf("in passes: %t, out passes: %t", in, out)
 	}
-	out, err := w.opensOut()
-	if err != nil {
-		return false, fmt.Errorf("out: %w", err)
-	}
-	if in != out {
-		return false, fmt.Errorf("in passes: %t, out passes: %t", in, out)
-	}
-	return in, nil
+	return in, err
 }
 
 func (w *wire) opensIn() (bool, error) {
