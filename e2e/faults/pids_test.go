@@ -138,7 +138,16 @@ func (l *lab) criuComesAgain() error {
 	if err := errors.Join(l.hookOK(c, "network-lock"), l.is(true)); err != nil {
 		return err
 	}
+	// What tells two bearers of a pid is when they started, in hundredths of a second.
+	start := netlock.CallerOf(c.Process.Pid).Start
 	c.die()
+	if err := netlocktest.Until(func() (bool, error) {
+		var now unix.Timespec
+		err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &now)
+		return now.Nano() > int64(start+1)*10e6, err
+	}); err != nil {
+		return err
+	}
 	other, err := reborn(c.Process.Pid, l.sleeps(false))
 	if err != nil {
 		return err
