@@ -51,6 +51,12 @@ func (s *checkpoints) begin(o opts) (uint64, error) {
 		// Nobody waits for the kernel's clean-up after an unlock.
 		Locker:  wire.Locker(cfg, netlock.Caller{}, nft.New(nft.WithRelease(func(fd int) { go unix.Close(fd) }))),
 		Timeout: cfg.Timeout, OnFailedRestore: guard.Policy(cfg.OnFailedRestore), Guard: o.guard,
+		Mode: func(guard.Phase, bool) (netlock.Mode, error) {
+			if cfg.Mode == config.Drop {
+				return netlock.Drop, nil
+			}
+			return netlock.Drop, errCannotHold
+		},
 	}
 	if !cfg.Guard {
 		ro.Guard = criurpc.NoGuard
@@ -71,6 +77,9 @@ func (s *checkpoints) begin(o opts) (uint64, error) {
 	s.open[s.last] = c
 	return s.last, nil
 }
+
+// errCannotHold: a program may be gone before what it holds is delivered.
+var errCannotHold = errors.New("a C program's lock drops, whatever mode says")
 
 func (s *checkpoints) notify(id uint64, name string, pid int) error {
 	s.mu.Lock()
@@ -111,7 +120,7 @@ func line(levelName string, e criurpc.Entry) []byte {
 	switch {
 	case e.Err != nil:
 		level, msg = slog.LevelError, string(e.Event.Action)+" failed"
-	case e.Report.Loud, e.Unguarded != nil:
+	case e.Report.Loud, e.Unguarded != nil, e.Report.NotHeld != nil:
 		level = slog.LevelWarn
 	}
 	var least slog.Level
@@ -123,6 +132,9 @@ func line(levelName string, e criurpc.Entry) []byte {
 		slog.String("backend", e.Report.Backend), slog.String("result", e.Report.Result), slog.Int64("duration_us", e.Took.Microseconds()))
 	if e.Unguarded != nil {
 		r.AddAttrs(slog.String("guard_err", oneLine(e.Unguarded)))
+	}
+	if e.Report.NotHeld != nil {
+		r.AddAttrs(slog.String("not_held", oneLine(e.Report.NotHeld)))
 	}
 	if e.Err != nil {
 		r.AddAttrs(slog.String("err", oneLine(e.Err)))

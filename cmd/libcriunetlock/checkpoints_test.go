@@ -59,6 +59,23 @@ func TestCheckpoints(t *testing.T) {
 			t.Errorf("want %q twice:\n%s", want, b)
 		}
 	}
+	// It does not hold, and says so.
+	if err := os.WriteFile(conf, []byte("mode = \"hold\"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	id, err := all.begin(opts{pid: pid, leaveRunning: true, logFD: int(f.Fd()), config: conf, guard: criurpc.NoGuard})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := all.notify(id, "network-lock", 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := all.end(id, 0); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := os.ReadFile(log); err != nil || !strings.Contains(string(b), "level=WARN msg=locked action=network-lock") || !strings.Contains(string(b), "not_held=") {
+		t.Errorf("mode hold: %v\n%s", err, b)
+	}
 	if err := os.WriteFile(conf, []byte("nonsense = 1\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
