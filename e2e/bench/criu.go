@@ -46,6 +46,13 @@ func inCRIU(program string, dumps int) (err error) {
 	defer n.Close(ctx)
 
 	ours := []string{testbed.BinDir + "/criu-netlock"}
+	const shim = testbed.BinDir + "/shim" // where it is called criu
+	if err := os.MkdirAll(s.Work+"/bin/shim", 0o755); err != nil {
+		return err
+	}
+	if err := os.Symlink(ours[0], s.Work+"/bin/shim/criu"); err != nil {
+		return err
+	}
 	rows := []struct {
 		name, lock           string
 		scripts              []string
@@ -59,6 +66,7 @@ func inCRIU(program string, dumps int) (err error) {
 		{name: "**criu-netlock** (`skip` + action script)", lock: "skip", scripts: ours},
 		{name: "criu-netlock without its guard (`guard = false`)", lock: "skip", scripts: ours, config: "guard = false\n"},
 		{name: "**package criurpc**, a session over `criu swrk`", lock: "skip", client: []string{testbed.BinDir + "/rpcclient", "swrk"}},
+		{name: "**in CRIU's place**, before a go-criu program", lock: "skip", client: []string{testbed.BinDir + "/rpcclient", "-criu", shim + "/criu", "plain"}},
 		{name: "package criurpc, by go-criu", lock: "skip", client: []string{testbed.BinDir + "/rpcclient", "go-criu"}},
 	}
 	for i := range rows {
