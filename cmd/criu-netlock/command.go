@@ -120,7 +120,8 @@ func (c *cli) root() *cobra.Command {
 			"restored, and none leaves it.\n\n" +
 			"CRIU runs this program by itself where it is named as an action script:\n" +
 			"  criu dump --action-script /usr/local/sbin/criu-netlock ...\n" +
-			"It takes no arguments then; what can be set stands in " + config.DefaultPath + ".\n\n" +
+			"It takes no arguments then; what can be set stands in " + config.DefaultPath + ".\n" +
+			"Under the name criu, or as criu-netlock criu ..., it stands in CRIU's place (setup --as-criu).\n\n" +
 			"The commands below do the same by hand. Begin with: criu-netlock check",
 		SilenceUsage:       true,
 		SilenceErrors:      true,
