@@ -31,12 +31,14 @@ func TestUnlockNoted(t *testing.T) {
 		name   string
 		lock   func(*Backend) *Backend // by another Backend than the one that unlocks
 		change func()
-		allow  []netlock.Rule
+		locked []netlock.Rule // the lock's allow list
+		allow  []netlock.Rule // the unlock's
 		noted  bool
 		intact bool
 	}{
 		{name: "nothing", noted: true, intact: true},
 		{name: "the lock was there", lock: func(*Backend) *Backend { return New() }, noted: true, intact: true},
+		{name: "with an allow list", locked: []netlock.Rule{rule}, allow: []netlock.Rule{rule}, noted: true, intact: true},
 		{name: "another table", change: nft("table ip other { }"), intact: true},
 		{name: "a rule that accepts", change: nft("insert rule inet criu-netlock ingress accept")},
 		{name: "another table of ours", change: nft("table ip criu-netlock { }")},
@@ -47,11 +49,11 @@ func TestUnlockNoted(t *testing.T) {
 			b := New()
 			defer b.Wait()
 			if c.lock != nil {
-				if _, err := c.lock(b).Lock(ctx, n.Netns(), netlock.Options{Caller: caller}); err != nil {
+				if _, err := c.lock(b).Lock(ctx, n.Netns(), netlock.Options{Caller: caller, Allow: c.locked}); err != nil {
 					t.Fatal(err)
 				}
 			}
-			if _, err := b.Lock(ctx, n.Netns(), netlock.Options{Caller: caller}); err != nil {
+			if _, err := b.Lock(ctx, n.Netns(), netlock.Options{Caller: caller, Allow: c.locked}); err != nil {
 				t.Fatal(err)
 			}
 			_ = n.Do(func() error { // is dropped, and counted
