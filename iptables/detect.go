@@ -282,6 +282,21 @@ func (f family) countUses(blob []byte) (uses [2]int) {
 	return uses
 }
 
+// generation is that of the rules of nf_tables, by the kernel's answer; 0 if it says none.
+func generation(a nfnl.Answer) (gen uint32) {
+	if a.Errno != 0 {
+		return 0
+	}
+	for _, o := range a.Objects {
+		nfnl.Walk(o.Attrs, func(typ uint16, b []byte) {
+			if typ == unix.NFTA_GEN_ID {
+				gen = nfnl.U32(b)
+			}
+		})
+	}
+	return gen
+}
+
 // detectNFT asks nf_tables for each of our chains by name, which costs the same
 // however many rules there are.
 func detectNFT(ctx context.Context, conn *nfnl.Conn) (out []sight, gen uint32, err error) {
@@ -300,15 +315,7 @@ func detectNFT(ctx context.Context, conn *nfnl.Conn) (out []sight, gen uint32, e
 	if err != nil {
 		return nil, 0, err
 	}
-	if ans[0].Errno == 0 {
-		for _, o := range ans[0].Objects {
-			nfnl.Walk(o.Attrs, func(typ uint16, b []byte) {
-				if typ == unix.NFTA_GEN_ID {
-					gen = nfnl.U32(b)
-				}
-			})
-		}
-	}
+	gen = generation(ans[0])
 	ans, reqs = ans[1:], nil
 	for i := len(spots) - 1; i >= 0; i-- {
 		switch e := ans[i].Errno; e {

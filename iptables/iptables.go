@@ -122,12 +122,15 @@ func (s *session) takeTurn() {
 
 // in runs f in the namespace; unless emptyToo, only if something of ours is there.
 func (b *Backend) in(ctx context.Context, ns *netlock.Namespace, o netlock.Options, emptyToo bool, f func(*session) error) error {
+	if !emptyToo && stillQuiet(ctx, ns) {
+		return nil
+	}
 	return ns.Do(func() error {
 		s := &session{ctx: ctx, b: b, ns: ns, o: o, fams: 1, done: func() {}}
 		if err := s.ended("start"); err != nil {
 			return err
 		}
-		conn, err := nfnl.Dial()
+		conn, err := nfnl.DialIn(ns.Do)
 		switch {
 		case errors.Is(err, unix.EPROTONOSUPPORT), errors.Is(err, unix.EAFNOSUPPORT):
 		case err != nil:
@@ -135,6 +138,9 @@ func (b *Backend) in(ctx context.Context, ns *netlock.Namespace, o netlock.Optio
 		default:
 			s.conn = conn
 			defer func() {
+				if s.conn == nil {
+					return // a watch has it
+				}
 				if conn.Slow {
 					nfnl.Park(conn.Take())
 				} else {
@@ -144,7 +150,15 @@ func (b *Backend) in(ctx context.Context, ns *netlock.Namespace, o netlock.Optio
 		}
 		if !emptyToo {
 			// This is what another backend's lock and unlock wait for.
-			if sights, err := s.detect(); err != nil || len(sights) == 0 {
+			sights, err := s.detect()
+			if err == nil && len(sights) == 0 && ns.KeepsSockets() {
+				if q := watch(s.conn, s.gen); q != nil && ns.Leave(quietKey{}, q) {
+					s.conn = nil
+				} else if q != nil {
+					q.closeNames()
+				}
+			}
+			if err != nil || len(sights) == 0 {
 				return err
 			}
 		}

@@ -24,6 +24,7 @@ type Namespace struct {
 	name string // what it was opened by: "pid 123", a path
 	// inside is the thread of the last Do that is still in its function; 0 for none.
 	inside atomic.Int32
+	kept   kept
 }
 
 // What is said of the host's namespace wherever it is refused.
@@ -291,7 +292,10 @@ func isKernelThread(pid int) bool {
 }
 
 // Close releases the handle, not the lock.
-func (ns *Namespace) Close() error { return ns.h.Close() }
+func (ns *Namespace) Close() error {
+	ns.kept.close()
+	return ns.h.Close()
+}
 
 // Dup is another handle on the namespace, for who outlives this one.
 func (ns *Namespace) Dup() (*Namespace, error) {

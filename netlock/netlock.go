@@ -34,6 +34,9 @@ type Options struct {
 	// one takes what lock there is, and makes one that drops.
 	Mode   Mode
 	Holder Holder
+	// Terse says that nobody wants to know of an Unlock who had locked, since when, and how
+	// many packets were dropped: with a container frozen it does not stop to read that.
+	Terse bool
 }
 
 // Result says what Lock found and did.

@@ -11,7 +11,12 @@ import (
 func newBackend() netlock.Backend { return nft.New() }
 
 func TestConformance(t *testing.T) {
-	netlocktest.Conformance(t, netlocktest.NFT(t, newBackend))
+	c := netlocktest.NFT(t, newBackend)
+	netlocktest.Conformance(t, c)
+	t.Run("with handles that keep sockets", func(t *testing.T) {
+		c.Keep = true
+		netlocktest.Conformance(t, c)
+	})
 }
 
 func TestFlood(t *testing.T) { netlocktest.Flood(t, newBackend, 2000) }
@@ -20,4 +25,4 @@ func TestFloodRepair(t *testing.T) {
 	netlocktest.FloodRepair(t, netlocktest.NFT(t, newBackend), 100, 1)
 }
 
-func TestHostile(t *testing.T) { netlocktest.HostileNFT(t, newBackend) }
+func TestHostile(t *testing.T) { netlocktest.HostileNFT(t, netlocktest.NFT(t, newBackend)) }

@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -39,6 +40,7 @@ func TestMain(m *testing.M) {
 }
 
 func helper(op string) int {
+	runtime.LockOSThread() // strace counts each thread's system calls by themselves
 	pid, err := strconv.Atoi(os.Getenv(helperPID))
 	if err != nil {
 		return 99

@@ -11,6 +11,7 @@
 package nft
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -38,6 +39,7 @@ type Backend struct {
 	closer  closer
 	rules   cache
 	notes   notes
+	creates creates
 	kernel  *Kernel
 }
 
@@ -155,27 +157,44 @@ type session struct {
 	mode netlock.Mode
 }
 
+// left is what a socket stands under that a handle keeps.
+type left struct{}
+
+// leftConn is closed where nobody waits for it.
+type leftConn struct {
+	*nfnl.Conn
+	release func(fd int)
+}
+
+func (c leftConn) Close() error {
+	if c.Slow {
+		c.release(c.Take())
+		return nil
+	}
+	return c.Conn.Close()
+}
+
 // in runs f with a socket of the namespace.
 func (b *Backend) in(ctx context.Context, ns *netlock.Namespace, o netlock.Options, f func(*session) error) error {
-	return ns.Do(func() error {
-		s := &session{ctx: ctx, ns: ns, o: o, b: b, held: map[table]bool{}}
-		if err := ctx.Err(); err != nil {
-			return s.fail("start", err)
-		}
-		conn, err := nfnl.Dial()
+	s := &session{ctx: ctx, ns: ns, o: o, b: b, held: map[table]bool{}}
+	if err := ctx.Err(); err != nil {
+		return s.fail("start", err)
+	}
+	conn, ok := ns.Take(left{}).(leftConn)
+	if !ok {
+		dialled, err := nfnl.DialIn(ns.Do)
 		if err != nil {
 			return s.fail("open netlink socket", err)
 		}
-		s.conn = conn
-		defer func() {
-			if conn.Slow {
-				b.release(conn.Take())
-			} else {
-				conn.Close()
-			}
-		}()
-		return f(s)
-	})
+		conn = leftConn{dialled, b.release}
+	}
+	s.conn = conn.Conn
+	defer func() {
+		if !ns.Leave(left{}, conn) {
+			conn.Close()
+		}
+	}()
+	return f(s)
 }
 
 // fail wraps what the kernel said.
@@ -267,9 +286,9 @@ func (s *session) read(ctx context.Context, t table) (view, error) {
 	}
 	v := judge(t, objs, rules, want)
 	if v.queue != nil {
-		v.count()
+		err = s.ns.Do(func() error { v.count(); return nil })
 	}
-	return v, nil
+	return v, err
 }
 
 // readTime is how long reading may go on: what can be done without comes next, and
@@ -378,16 +397,57 @@ func (c *capture) send(req []netlink.Message) ([]netlink.Message, error) {
 // generation other than 0 the kernel refuses it (ERESTART) if the rule set has
 // changed since.
 func (s *session) batch(ctx context.Context, gen uint32, build func(*nftables.Conn)) error {
-	var c capture
-	conn, err := nftables.New(nftables.WithTestDial(c.send))
+	msgs, err := built(build)
 	if err != nil {
 		return err
 	}
-	build(conn)
-	if err := conn.FlushWithGenID(gen); err != nil {
-		return fmt.Errorf("build batch: %w", err)
+	return s.conn.CommitMessages(ctx, gen, msgs)
+}
+
+// built is what google/nftables makes of a change.
+func built(build func(*nftables.Conn)) ([]netlink.Message, error) {
+	var c capture
+	conn, err := nftables.New(nftables.WithTestDial(c.send))
+	if err != nil {
+		return nil, err
 	}
-	return s.conn.Batch(ctx, c.msgs)
+	build(conn)
+	if err := conn.Flush(); err != nil {
+		return nil, fmt.Errorf("build batch: %w", err)
+	}
+	if len(c.msgs) < 2 {
+		return nil, errors.New("build batch: it is empty")
+	}
+	return c.msgs[1 : len(c.msgs)-1], nil
+}
+
+// creates keeps the last lock that was built: the next one mostly differs in its comment
+// alone, and building takes longer than anything else that is ours in a freeze.
+type creates struct {
+	mu    sync.Mutex
+	name  string
+	allow []netlock.Rule
+	text  string
+	msgs  []netlink.Message
+}
+
+func (c *creates) get(name string, allow []netlock.Rule, text string) ([]netlink.Message, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.msgs == nil || c.name != name || len(c.text) != len(text) || !slices.Equal(c.allow, allow) {
+		msgs, err := built(func(conn *nftables.Conn) { addLock(conn, name, allow, nil, text) })
+		if err != nil {
+			return nil, err
+		}
+		c.name, c.allow, c.text, c.msgs = name, slices.Clone(allow), text, msgs
+	}
+	msgs := slices.Clone(c.msgs)
+	if c.text != text {
+		for i := range msgs {
+			msgs[i].Data = bytes.ReplaceAll(msgs[i].Data, []byte(c.text), []byte(text))
+		}
+	}
+	return msgs, nil
 }
 
 func nftTable(t table) *nftables.Table {
@@ -397,6 +457,13 @@ func nftTable(t table) *nftables.Table {
 // create puts a lock in under name, in one batch; replace says that something is
 // there which goes in the same batch.
 func (s *session) create(gen uint32, name string, replace bool, text string) error {
+	if !replace && s.queue == nil {
+		msgs, err := s.b.creates.get(name, s.o.Allow, text)
+		if err != nil {
+			return err
+		}
+		return s.conn.CommitMessages(s.ctx, gen, msgs)
+	}
 	return s.batch(s.ctx, gen, func(c *nftables.Conn) {
 		old := nftTable(table{name: name, family: unix.NFPROTO_INET})
 		switch {
@@ -475,10 +542,12 @@ func (b *Backend) Lock(ctx context.Context, ns *netlock.Namespace, o netlock.Opt
 func (s *session) lock(text string) (already bool, err error) {
 	reading, cancel := s.readTime()
 	defer cancel()
-	for {
-		was, err := s.see(reading)
-		if err != nil {
-			return false, err
+	was, noted := s.notedNone()
+	for ; ; noted = false {
+		if !noted {
+			if was, err = s.see(reading); err != nil {
+				return false, err
+			}
 		}
 		if intact(was.mine) && s.asWanted(was.mine[0]) {
 			v := was.mine[0]
@@ -510,7 +579,8 @@ func (s *session) lock(text string) (already bool, err error) {
 			continue
 		}
 		if len(was.ours) == 0 { // nor did anything come meanwhile
-			if err == nil {
+			if err == nil && was.gen != 0 {
+				s.ns.Moved(was.gen, following(was.gen))
 				s.remember(following(was.gen), name, text)
 			}
 			return false, nil
@@ -800,6 +870,9 @@ func (b *Backend) State(ctx context.Context, ns *netlock.Namespace, o netlock.Op
 		st = state(was.mine)
 		_, _, free := place(was.mine, was.held)
 		st.Held = !free
+		if len(was.ours) == 0 {
+			s.rememberNone(was.gen)
+		}
 		return was.unread
 	})
 	return st, err

@@ -18,10 +18,10 @@ import (
 	"github.com/criu-netlock/criu-netlock/nft/nfnl"
 )
 
-// note is a lock that was the only thing under our names at a generation.
+// note is a lock that was the only thing under our names at a generation, or that nothing was.
 type note struct {
 	gen   uint32
-	name  string
+	name  string // empty for nothing
 	allow []netlock.Rule
 	text  string // its comment
 }
@@ -63,6 +63,24 @@ func (s *session) remember(gen uint32, name, text string) {
 	}
 }
 
+// rememberNone notes that nothing bears a name of ours at gen.
+func (s *session) rememberNone(gen uint32) {
+	if cookie, ok := s.conn.Cookie(); ok && gen != 0 {
+		s.b.notes.put(cookie, note{gen: gen})
+	}
+}
+
+// notedNone is what was seen where nothing has borne a name of ours and, as the kernel will
+// check, nothing has changed since.
+func (s *session) notedNone() (was seen, ok bool) {
+	cookie, ok := s.conn.Cookie()
+	if !ok {
+		return was, false
+	}
+	n, ok := s.b.notes.take(cookie)
+	return seen{gen: n.gen}, ok && n.name == ""
+}
+
 // following is the generation that a change leads to.
 func following(gen uint32) uint32 {
 	if gen++; gen == 0 {
@@ -79,25 +97,30 @@ func (s *session) unlockNoted() (st netlock.State, done bool) {
 		return st, false
 	}
 	n, ok := s.b.notes.take(cookie)
-	if !ok || !slices.Equal(n.allow, s.o.Allow) {
+	if !ok || n.name == "" || !slices.Equal(n.allow, s.o.Allow) {
 		return st, false
 	}
 	st = netlock.State{Backend: Name, Found: true, Locked: true, Intact: true, Mode: netlock.Drop}
 	var err error
-	if st.Since, st.Caller, err = netlock.ParseComment(n.text); err != nil {
-		return st, false
-	}
-	if st.DroppedIn, st.DroppedOut, err = s.dropped(s.ctx, n); err != nil {
-		return st, false
+	if !s.o.Terse {
+		if st.Since, st.Caller, err = netlock.ParseComment(n.text); err != nil {
+			return st, false
+		}
+		if st.DroppedIn, st.DroppedOut, err = s.dropped(s.ctx, n); err != nil {
+			return st, false
+		}
 	}
 	err = s.conn.Commit(s.ctx, n.gen, nfnl.Request{Cmd: unix.NFT_MSG_DELTABLE, Family: unix.NFPROTO_INET, Attrs: nfnl.AttrString(nil, unix.NFTA_TABLE_NAME, n.name)})
+	if err == nil {
+		s.ns.Moved(n.gen, following(n.gen))
+	}
 	return st, err == nil
 }
 
 // dropped reads the counters of the lock that a note is of, and nothing else: a dump of its
 // rules takes three times as long.
 func (s *session) dropped(ctx context.Context, n note) (in, out uint64, err error) {
-	rules := uint64(len(chains()[0].rules(n.allow, nil)))
+	rules := fixedRules + uint64(len(netlock.Expand(n.allow)))
 	var reqs []nfnl.Request
 	for i, c := range chains() {
 		// The kernel numbers what a batch adds to a new table: a chain, its rules, the other chain, its rules.

@@ -112,3 +112,27 @@ func TestNotesAreBounded(t *testing.T) {
 		t.Error("it is there twice")
 	}
 }
+
+// A Backend that has looked and found nothing locks without another look, unless something
+// has come since; and what it built for one lock it makes another's own.
+func TestLockNoted(t *testing.T) {
+	netlocktest.Need(t, "nft")
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	b := New()
+	defer b.Wait()
+	for i, come := range []string{"", "table ip criu-netlock { }", "table inet criu-netlock { chain ingress { } }"} {
+		n := netlocktest.NewNS(t)
+		if st, err := b.State(ctx, n.Netns(), netlock.Options{}); err != nil || st.Found {
+			t.Fatalf("%+v, %v", st, err)
+		}
+		n.Run(come, "nft", "-f", "-")
+		o := netlock.Options{Caller: netlock.Caller{PID: 4710 + i, Name: "criu"}}
+		if _, err := b.Lock(ctx, n.Netns(), o); err != nil {
+			t.Fatal(err)
+		}
+		if st, err := b.State(ctx, n.Netns(), o); err != nil || !st.Intact || st.Caller != o.Caller {
+			t.Errorf("after %q: %+v, %v; want the lock of %+v", come, st, err, o.Caller)
+		}
+	}
+}

@@ -86,6 +86,9 @@ const (
 	targetNFQueueRev = 3
 )
 
+// fixedRules is how many rules a chain has beside those of the allow list.
+const fixedRules = 4
+
 // rules is what a chain of the lock holds, in order; the last one counts what the
 // policy then drops, or in ingress what goes to the queue, if there is one.
 func (c chain) rules(allow []netlock.Rule, q *queue) [][]expr.Any {

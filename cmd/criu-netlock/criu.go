@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
@@ -194,6 +195,7 @@ func runProxyStart(args []string) int {
 
 // runProxy is the life of the process in between.
 func runProxy(args []string) int {
+	runtime.GOMAXPROCS(1) // one thing after another; to wake a second thread takes longer than the thing
 	if err := proxy(args); err != nil {
 		early.Say("criu-netlock: between criu swrk and its client: " + oneLine(err.Error()) + "\n")
 		return netlock.ExitCode(err)

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/syslog"
 	"os"
+	"runtime"
 	"strconv"
 	"time"
 
@@ -66,6 +67,20 @@ func startGuard(ev action.Event, rep action.Report, holder *guard.Holder) error 
 	return err
 }
 
+// opener gives out the guard's own handle while that is the task's namespace.
+func opener(c guard.Checkpoint) func(int) (*netlock.Namespace, func(), error) {
+	return func(pid int) (*netlock.Namespace, func(), error) {
+		if pid == c.Task && c.NS.IsOf(pid, c.TaskFD) {
+			return c.NS, func() {}, nil
+		}
+		ns, err := netlock.FromPID(pid)
+		if err != nil {
+			return nil, nil, err
+		}
+		return ns, func() { ns.Close() }, nil
+	}
+}
+
 // criuPID is CRIU's pid: the process whose image directory the hook was given, if it is
 // one of our ancestors. A script around us would pass for CRIU otherwise, and end at once.
 func criuPID(ev action.Event) (int, bool) {
@@ -96,6 +111,7 @@ func runGuardStart(args []string) int {
 
 // runGuard is the guard's whole life.
 func runGuard(args []string) int {
+	runtime.GOMAXPROCS(1) // as in runProxy
 	logger, logErr := syslog.New(syslog.LOG_DAEMON|syslog.LOG_WARNING, "criu-netlock")
 	log := func(format string, a ...any) {
 		if logErr == nil {
@@ -121,6 +137,7 @@ func runGuard(args []string) int {
 	criu := netlock.CallerOf(caller).For(c.Task)
 	kernel, holder := &nft.Kernel{}, newHolder(cfg)
 	locker := stayingLocker(holder, nft.WithKernel(kernel))
+	c.NS.KeepSockets()
 	defer holder.Drop(c.NS) // and its place goes with it
 	if c.Queue != nil {
 		if err := holder.Adopt(c.NS, c.Queue); err != nil {
@@ -140,7 +157,7 @@ func runGuard(args []string) int {
 		Deadline: cfg.GuardTimeout,
 		Log:      log,
 		Hook: func(r guard.Request) guard.Answer {
-			h := hookCall{start: time.Now(), locker: locker, guard: os.Getpid(), phase: c.Phase, holder: holder, kernel: kernel, lookup: func(key string) (string, bool) {
+			h := hookCall{start: time.Now(), locker: locker, guard: os.Getpid(), open: opener(c), phase: c.Phase, holder: holder, kernel: kernel, lookup: func(key string) (string, bool) {
 				v := map[string]string{
 					action.EnvAction: r.Action, action.EnvInitPID: r.PID, action.EnvImageDir: r.ImageDir, config.EnvPath: r.Config,
 				}[key]
@@ -173,6 +190,8 @@ func runGuard(args []string) int {
 			trial.Drop(ns)
 			kept = ns
 		}
+		// And a lock goes in without a look where nothing has changed since this one.
+		_, _ = l.State(ctx, c.NS)
 	}
 	defer func() {
 		if kept != nil {

@@ -35,7 +35,8 @@ type hookCall struct {
 	// guard is the pid of the guard that works for the hook; 0 in the hook's own process.
 	guard int
 	criu  netlock.Caller // the guard knows it
-	// phase, holder and kernel are the guard's.
+	// open, phase, holder and kernel are the guard's.
+	open   func(pid int) (ns *netlock.Namespace, release func(), err error)
 	phase  guard.Phase
 	holder *guard.Holder
 	kernel *nft.Kernel
@@ -58,8 +59,9 @@ func (h *hookCall) run() (code int, line string) {
 		if cfgErr == nil || unlocks {
 			rep, err = within(h.start, cfg.Timeout, func(ctx context.Context) (action.Report, error) {
 				l := h.locker(cfg, ev.Caller)
+				l.Options.Terse = true
 				notHeld := h.hold(l, cfg, ev)
-				a := action.Handler{Locker: l, Trial: func(ctx context.Context) (netlock.Result, error) { return netlock.Trial(ctx, l) }}
+				a := action.Handler{Locker: l, Open: h.open, Trial: func(ctx context.Context) (netlock.Result, error) { return netlock.Trial(ctx, l) }}
 				if h.guard == 0 {
 					a.Turn = h.turn(cfg, unlocks)
 				}

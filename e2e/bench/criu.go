@@ -67,6 +67,7 @@ func inCRIU(program string, dumps int) (err error) {
 		{name: "criu-netlock without its guard (`guard = false`)", lock: "skip", scripts: ours, config: "guard = false\n"},
 		{name: "**package criurpc**, a session over `criu swrk`", lock: "skip", client: []string{testbed.BinDir + "/rpcclient", "swrk"}},
 		{name: "**in CRIU's place**, before a go-criu program", lock: "skip", client: []string{testbed.BinDir + "/rpcclient", "-criu", shim + "/criu", "plain"}},
+		{name: "no lock, a go-criu program with callbacks of its own", lock: "skip", client: []string{testbed.BinDir + "/rpcclient", "plain"}},
 		{name: "package criurpc, by go-criu", lock: "skip", client: []string{testbed.BinDir + "/rpcclient", "go-criu"}},
 	}
 	for i := range rows {

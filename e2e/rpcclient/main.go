@@ -174,7 +174,7 @@ func run(via, verb string, args []string) error {
 	if *killAt == "network-unlock" {
 		backend = killed{backend}
 	}
-	var said strings.Builder
+	var heard []criurpc.Entry // told at the end, when nothing is frozen
 	done := map[action.Name]bool{}
 	o := criurpc.Options{Locker: netlock.New(backend), Guard: testbed.BinDir + "/criu-netlock", Log: func(e criurpc.Entry) {
 		if string(e.Event.Action) == *killAt {
@@ -185,7 +185,7 @@ func run(via, verb string, args []string) error {
 			return
 		}
 		done[e.Event.Action] = true
-		fmt.Fprintf(&said, "rpcclient: action=%s pid=%d netns=%d result=%q took=%v err=%v guard_err=%v\n", e.Event.Action, e.Event.PID, e.Report.Netns, e.Report.Result, e.Took, e.Err, e.Unguarded)
+		heard = append(heard, e)
 	}}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
@@ -207,6 +207,10 @@ func run(via, verb string, args []string) error {
 	}
 	if pid != 0 && j.pidFile != "" {
 		err = errors.Join(err, os.WriteFile(j.pidFile, []byte(fmt.Sprint(pid)), 0o644))
+	}
+	var said strings.Builder
+	for _, e := range heard {
+		fmt.Fprintf(&said, "rpcclient: action=%s pid=%d netns=%d result=%q took=%v err=%v guard_err=%v\n", e.Event.Action, e.Event.PID, e.Report.Netns, e.Report.Result, e.Took, e.Err, e.Unguarded)
 	}
 	return errors.Join(err, appendTo(filepath.Join(j.work, j.logFile), said.String()))
 }

@@ -226,14 +226,22 @@ func (h *Handler) Handle(ctx context.Context, ev Event) (rep Report, err error) 
 	case CheckTask:
 		err = h.check(ctx, ns, &rep)
 	case Lock, Ensure, EnsureRemovable:
-		// One way into the namespace for all that is done there.
-		err = h.turn(ns, func() error { return ns.Do(func() error { return h.lock(ctx, ns, ev, &rep) }) })
+		err = h.turn(ns, func() error { return inside(ns, func() error { return h.lock(ctx, ns, ev, &rep) }) })
 	case Unlock, Sweep:
-		err = h.turn(ns, func() error { return ns.Do(func() error { return h.unlock(ctx, ns, op, &rep) }) })
+		err = h.turn(ns, func() error { return inside(ns, func() error { return h.unlock(ctx, ns, op, &rep) }) })
 	default:
 		err = fmt.Errorf("action %s: operation %d has no code", ev.Action, op)
 	}
 	return rep, err
+}
+
+// inside makes one way into the namespace do for all that is done there, unless there may
+// be no need to enter it at all.
+func inside(ns *netlock.Namespace, f func() error) error {
+	if ns.KeepsSockets() {
+		return f()
+	}
+	return ns.Do(f)
 }
 
 func (h *Handler) open(pid int) (*netlock.Namespace, func(), error) {

@@ -33,7 +33,8 @@ type Checkpoint struct {
 	pid     int             // the root task's, when it is known
 	criu    int             // CRIU's, 0 if unknown
 	ns      *netlock.Namespace
-	task    int // a pidfd of the root task, -1 if there is none
+	task    int  // a pidfd of the root task, -1 if there is none
+	sure    bool // ns has just been seen to be the task's
 	// open: something of ours may be in force, and nobody has taken it off.
 	open      bool
 	locked    bool  // this checkpoint has been here before, so a lock is its own
@@ -78,6 +79,7 @@ func (c *Checkpoint) done() { <-c.turn }
 func (c *Checkpoint) byTable(ctx context.Context, ev action.Event) (action.Report, error) {
 	if c.handler == nil {
 		l := *c.o.Locker
+		l.Options.Terse = true
 		if l.Options.Caller == (netlock.Caller{}) {
 			l.Options.Caller = ev.Caller
 		}
@@ -188,7 +190,10 @@ func (c *Checkpoint) learn(op action.Op, name action.Name, rep action.Report, er
 // and not about a task that got the pid later. Where it cannot, the work itself will say
 // why; a task in our own namespace has nothing to hold.
 func (c *Checkpoint) hold() {
-	if c.ns != nil && (c.open || c.holds()) {
+	if c.ns != nil && c.open {
+		return
+	}
+	if c.sure = c.holds(); c.sure {
 		return
 	}
 	c.letGo() // a task can go into another namespace before it is frozen
@@ -201,20 +206,19 @@ func (c *Checkpoint) hold() {
 		unix.Close(fd)
 		return
 	}
-	c.ns, c.task = ns, fd
+	ns.KeepSockets()
+	c.ns, c.task, c.sure = ns, fd, true
 }
 
 // holds tells whether what is held is still the task's namespace.
 func (c *Checkpoint) holds() bool {
-	var held, now unix.Stat_t
-	return c.ns != nil && unix.Fstat(c.ns.FD(), &held) == nil &&
-		unix.Stat("/proc/"+strconv.Itoa(c.pid)+"/ns/net", &now) == nil && held.Ino == now.Ino && held.Dev == now.Dev &&
-		!dead(c.task) // so that it was its pid until now
+	return c.ns != nil && c.ns.IsOf(c.pid, c.task)
 }
 
 // openHeld saves opening it anew, which costs a tenth of a millisecond.
 func (c *Checkpoint) openHeld(pid int) (*netlock.Namespace, func(), error) {
-	if c.holds() {
+	if c.sure || c.open && c.phase == guard.Dump || c.holds() { // a frozen task goes nowhere
+		c.sure = false
 		return c.ns, func() {}, nil
 	}
 	ns, err := netlock.FromPID(pid)
@@ -222,13 +226,6 @@ func (c *Checkpoint) openHeld(pid int) (*netlock.Namespace, func(), error) {
 		return nil, nil, err
 	}
 	return ns, func() { ns.Close() }, nil
-}
-
-// dead tells whether the task of a pidfd is, a zombie included.
-func dead(pidfd int) bool {
-	p := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}
-	n, _ := unix.Poll(p, 0)
-	return pidfd < 0 || n > 0
 }
 
 func (c *Checkpoint) caller() netlock.Caller {
@@ -248,21 +245,20 @@ func within[T any](ctx context.Context, c *Checkpoint, start time.Time, op strin
 		err error
 	}
 	timeout := c.o.timeout()
-	outer, cancelOuter := context.WithDeadline(ctx, start.Add(timeout))
-	defer cancelOuter()
+	undo := min(netlock.UndoTime, timeout/2)
+	ctx, cancel := context.WithDeadline(ctx, start.Add(timeout-undo))
+	defer cancel()
 	gaveUp := func() (none T, err error) {
-		return none, &netlock.Error{Kind: netlock.KindDeadline, Op: op, Err: context.Cause(outer), Hint: "criu-netlock status tells what is there now"}
+		return none, &netlock.Error{Kind: netlock.KindDeadline, Op: op, Err: context.Cause(ctx), Hint: "criu-netlock status tells what is there now"}
 	}
 	select {
 	case c.turn <- struct{}{}:
-	case <-outer.Done():
+	case <-ctx.Done():
 		return gaveUp()
 	}
 	out := make(chan answer, 1)
 	go func() {
 		defer c.done()
-		ctx, cancel := context.WithDeadline(ctx, start.Add(timeout-min(netlock.UndoTime, timeout/2)))
-		defer cancel()
 		v, err := f(ctx)
 		out <- answer{v, err}
 	}()
@@ -272,10 +268,10 @@ func within[T any](ctx context.Context, c *Checkpoint, start time.Time, op strin
 			a.err = &netlock.Error{Kind: netlock.KindDeadline, Op: op, Err: a.err}
 		}
 		return a.v, a.err
-	case <-outer.Done():
+	case <-ctx.Done():
 	}
 	// Undoing is worth its time even for a caller who is in a hurry.
-	t := time.NewTimer(netlock.UndoTime)
+	t := time.NewTimer(undo)
 	defer t.Stop()
 	select {
 	case a := <-out:
@@ -358,8 +354,10 @@ func (c *Checkpoint) warmUp(ctx context.Context) {
 	if err != nil {
 		return // it was for speed alone
 	}
+	l := *c.locker
+	l.Options.Mode, l.Options.Holder = netlock.Drop, nil
 	for range 2 { // the second time it reads what is there, as an unlock does
-		if _, err := c.o.Locker.Lock(ctx, ns); err != nil {
+		if _, err := l.Lock(ctx, ns); err != nil {
 			ns.Close()
 			return
 		}
@@ -384,7 +382,7 @@ func (c *Checkpoint) letGo() {
 	if c.task >= 0 {
 		unix.Close(c.task)
 	}
-	c.ns, c.task = nil, -1
+	c.ns, c.task, c.sure = nil, -1, false
 }
 
 // toUnlock decides what becomes of a lock that is there when all is over.
@@ -421,7 +419,7 @@ func (c *Checkpoint) lives(ctx context.Context) bool {
 	tick := time.NewTicker(poll)
 	defer tick.Stop()
 	for {
-		if dead(c.task) {
+		if netlock.Dead(c.task) {
 			return false
 		}
 		st, err := proc.StatOf(c.pid)

@@ -106,7 +106,8 @@ type Options struct {
 	Mode func(phase guard.Phase, leavesRunning bool) (mode netlock.Mode, notHeld error)
 	// Refuse, if set, is why nothing can be locked. Unlocking goes on all the same.
 	Refuse error
-	// Log, if set, is told of every notification that does something.
+	// Log, if set, is told of every notification that does something; by a Session and a
+	// Proxy once CRIU has been answered.
 	Log func(Entry)
 }
 
@@ -118,6 +119,26 @@ type Entry struct {
 	Took   time.Duration
 	// Unguarded is why the checkpoint has got no guard with this notification.
 	Unguarded error
+}
+
+// later keeps what is to be logged until CRIU goes on.
+type later struct {
+	log    func(Entry)
+	unsaid []Entry
+}
+
+// put takes the place of the log.
+func (l *later) put(log *func(Entry)) {
+	if l.log = *log; l.log != nil {
+		*log = func(e Entry) { l.unsaid = append(l.unsaid, e) }
+	}
+}
+
+func (l *later) say() {
+	for _, e := range l.unsaid {
+		l.log(e)
+	}
+	l.unsaid = nil
 }
 
 // DefaultTimeout is Options.Timeout where none is given.

@@ -5,10 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"sync"
 
 	"github.com/checkpoint-restore/go-criu/v8/rpc"
 	"golang.org/x/sys/unix"
 
+	"github.com/criu-netlock/criu-netlock/netlock"
 	"github.com/criu-netlock/criu-netlock/netlock/action"
 )
 
@@ -32,7 +34,6 @@ type Proxy struct {
 type fromPeer struct {
 	msg   []byte
 	files []*os.File
-	err   error
 }
 
 // relay is a Proxy at work.
@@ -41,10 +42,15 @@ type relay struct {
 	client, criu *conn
 	imported     []int // descriptors fetched for CRIU
 
+	turn  sync.Mutex
+	gone  bool  // the client
+	cause error // why CRIU's work comes to no good end, if it does
+
 	// One dump or restore, between its request and its response.
 	c       *Checkpoint
 	wants   bool        // the client wants notifications
 	pending action.Name // what it has been notified of, until it answers
+	log     later
 }
 
 var errClientGone = errors.New("the client has closed its connection")
@@ -52,7 +58,7 @@ var errClientGone = errors.New("the client has closed its connection")
 // Run passes messages on until CRIU has gone. When the client goes first, CRIU is told so
 // and waited for.
 func (p Proxy) Run(ctx context.Context) (err error) {
-	r := &relay{Proxy: p}
+	r := &relay{Proxy: p, cause: errors.New("CRIU has closed the connection without an answer")}
 	if r.client, err = newConn(p.Client); err != nil {
 		unix.Close(p.CRIU)
 		return err
@@ -64,54 +70,64 @@ func (p Proxy) Run(ctx context.Context) (err error) {
 	defer func() { _ = r.criu.close() }()
 	defer r.closeImported()
 
-	stop := make(chan struct{})
-	defer close(stop)
-	read := func(c *conn) chan fromPeer {
-		out := make(chan fromPeer)
-		go func() {
-			for {
-				msg, files, err := c.receive(ctx)
-				select {
-				case out <- fromPeer{msg, files, err}:
-				case <-stop:
-					closeAll(files)
-					return
-				}
-				if err != nil {
-					return
-				}
-			}
-		}()
-		return out
-	}
-	fromClient, fromCRIU := read(r.client), read(r.criu)
-	cause := errors.New("CRIU has closed the connection without an answer")
-	for {
-		select {
-		case m := <-fromClient:
-			if err = m.err; err == nil {
-				err = r.request(ctx, m)
-			}
-			closeAll(m.files)
-			if err != nil {
-				// CRIU ends its work when it next wants something of its client.
-				cause, fromClient = errClientGone, nil
-				_ = r.criu.u.CloseWrite()
-			}
-		case m := <-fromCRIU:
-			if m.err != nil {
-				waitExit(ctx, r.CRIUPID)
-				return r.end(cause)
-			}
-			err = r.notification(ctx, m, fromClient != nil)
-			closeAll(m.files)
-			if err != nil {
-				cause, fromClient = err, nil
-				_ = r.criu.u.CloseWrite()
-				_ = r.client.close()
-			}
+	// Who reads a message also does what it asks for: handing it on takes time of the freeze.
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for r.fromClient(ctx) {
 		}
+	}()
+	for r.fromCRIU(ctx) {
 	}
+	waitExit(ctx, r.CRIUPID)
+	err = r.end(r.cause)
+	_ = r.client.close()
+	r.turn.Unlock() // fromCRIU has left it to us
+	<-done
+	return err
+}
+
+// fromClient waits for a message of the client's and passes it on. It tells whether there
+// can be another.
+func (r *relay) fromClient(ctx context.Context) bool {
+	msg, files, err := r.client.receive(ctx)
+	r.turn.Lock()
+	defer r.turn.Unlock()
+	defer closeAll(files)
+	if r.gone {
+		return false
+	}
+	if err == nil {
+		err = r.request(ctx, fromPeer{msg, files})
+		r.log.say()
+	}
+	if err != nil {
+		r.noClient(errClientGone)
+	}
+	return err == nil
+}
+
+// fromCRIU does the same for CRIU's. When CRIU has gone it keeps the turn.
+func (r *relay) fromCRIU(ctx context.Context) bool {
+	msg, files, err := r.criu.receive(ctx)
+	r.turn.Lock()
+	if err != nil {
+		return false
+	}
+	defer r.turn.Unlock()
+	defer closeAll(files)
+	if err := r.notification(ctx, fromPeer{msg, files}, !r.gone); err != nil {
+		r.noClient(err)
+		_ = r.client.close()
+	}
+	r.log.say()
+	return true
+}
+
+// noClient goes on without the client: CRIU ends its work when it next wants something of it.
+func (r *relay) noClient(cause error) {
+	r.cause, r.gone = cause, true
+	_ = r.criu.u.CloseWrite()
 }
 
 // end is that of a dump or restore, if there is one.
@@ -121,6 +137,7 @@ func (r *relay) end(err error) error {
 	}
 	c := r.c
 	r.c, r.pending = nil, ""
+	r.log.say()
 	return c.End(err)
 }
 
@@ -137,7 +154,7 @@ func waitExit(ctx context.Context, pid int) {
 	defer unix.Close(fd)
 	ctx, cancel := context.WithTimeout(ctx, closeTime)
 	defer cancel()
-	for ctx.Err() == nil && !dead(fd) {
+	for ctx.Err() == nil && !netlock.Dead(fd) {
 		p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
 		_, _ = unix.Poll(p, 100)
 	}
@@ -166,6 +183,7 @@ func (r *relay) request(ctx context.Context, m fromPeer) error {
 	if typ := req.GetType(); r.c == nil && (typ == rpc.CriuReqType_DUMP || typ == rpc.CriuReqType_RESTORE) {
 		r.wants = req.Opts.GetNotifyScripts()
 		o := r.Begin(req.Opts)
+		r.log.put(&o.Log)
 		if typ == rpc.CriuReqType_DUMP {
 			r.c = NewDump(int(req.Opts.GetPid()), req.Opts.GetLeaveRunning(), o)
 		} else {

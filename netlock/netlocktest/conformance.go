@@ -27,6 +27,8 @@ type Config struct {
 	Replay func(*NS)
 	// Locks counts our locks, whole or not.
 	Locks func(*NS) int
+	// Keep has the handles keep sockets.
+	Keep bool
 }
 
 // callTime is what a call may take at most.
@@ -194,6 +196,9 @@ type subject struct {
 }
 
 func (c Config) on(t *testing.T, n *NS) *subject {
+	if c.Keep {
+		n.Netns().KeepSockets()
+	}
 	return &subject{c, t, n, c.New(), n.Netns(), caller}
 }
 

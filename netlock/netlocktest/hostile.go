@@ -25,8 +25,7 @@ const (
 
 // HostileNFT holds the backend nft to this: whatever stands under its names is never
 // taken for an intact lock, is replaced by one that is, and is gone after an unlock.
-func HostileNFT(t *testing.T, newBackend func() netlock.Backend) {
-	c := NFT(t, newBackend)
+func HostileNFT(t *testing.T, c Config) {
 	tr := NewTraffic(t)
 	s := c.on(t, tr.Inside)
 	s.lock()

@@ -34,17 +34,33 @@ type Conn struct {
 	buf []byte
 	// Slow is set once closing the socket may wait for an RCU grace period: after
 	// a batch that deleted something, or that the kernel refused.
-	Slow bool
+	Slow   bool
+	in     func(func() error) error
+	cookie uint64
 }
 
 // Dial opens a socket in the calling thread's network namespace. Whatever is done
 // with the Conn later is to be done there too, for it may have to dial again.
-func Dial() (*Conn, error) {
-	fd, err := dial()
-	if err != nil {
+func Dial() (*Conn, error) { return DialIn(func(f func() error) error { return f() }) }
+
+// DialIn opens a socket in the network namespace in which its argument calls what it is
+// given. The Conn is of use anywhere.
+func DialIn(in func(func() error) error) (*Conn, error) {
+	c := &Conn{in: in}
+	var err error
+	if c.fd, err = c.dial(); err != nil {
 		return nil, err
 	}
-	return &Conn{fd: fd, buf: make([]byte, 16<<10)}, nil
+	c.buf = make([]byte, 16<<10)
+	return c, nil
+}
+
+func (c *Conn) dial() (fd int, err error) {
+	err = c.in(func() (err error) {
+		fd, err = dial()
+		return err
+	})
+	return fd, err
 }
 
 // rcvBuf is a limit, not a reserve. The usual net.core.rmem_default has room for the
@@ -82,8 +98,10 @@ func (c *Conn) Take() int {
 // Cookie is the number of the socket's network namespace, which no other one has, had or
 // will have until the machine starts anew; Linux tells it since 5.14.
 func (c *Conn) Cookie() (cookie uint64, ok bool) {
-	cookie, err := unix.GetsockoptUint64(c.fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
-	return cookie, err == nil
+	if c.cookie == 0 {
+		c.cookie, _ = unix.GetsockoptUint64(c.fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
+	}
+	return c.cookie, c.cookie != 0
 }
 
 // Request is one question to nf_tables, or one change of it.
@@ -152,7 +170,7 @@ func (c *Conn) renew(ctx context.Context, try int) error {
 	if err := c.drain(ctx); err == nil && try%4 != 3 {
 		return nil
 	}
-	fd, err := dial()
+	fd, err := c.dial()
 	if err != nil {
 		return err
 	}
@@ -348,19 +366,28 @@ func (c *Conn) Batch(ctx context.Context, msgs []netlink.Message) error {
 // Commit makes all changes in one Batch. With a generation other than 0 the kernel
 // refuses them (ERESTART) if the rule set has changed since.
 func (c *Conn) Commit(ctx context.Context, gen uint32, changes ...Request) error {
-	msg := func(typ int, data []byte) netlink.Message {
-		return netlink.Message{Header: netlink.Header{Type: netlink.HeaderType(typ), Flags: netlink.Request}, Data: data}
+	msgs := make([]netlink.Message, 0, len(changes))
+	for _, r := range changes {
+		msgs = append(msgs, message(unix.NFNL_SUBSYS_NFTABLES<<8|int(r.Cmd), append([]byte{r.Family, unix.NFNETLINK_V0, 0, 0}, r.Attrs...)))
 	}
+	return c.CommitMessages(ctx, gen, msgs)
+}
+
+// CommitMessages is Commit for changes that are built already, without what begins and
+// ends a batch.
+func (c *Conn) CommitMessages(ctx context.Context, gen uint32, changes []netlink.Message) error {
 	subsys := []byte{unix.AF_UNSPEC, unix.NFNETLINK_V0, 0, unix.NFNL_SUBSYS_NFTABLES}
 	begin := subsys[:len(subsys):len(subsys)]
 	if gen != 0 {
 		begin = Attr(begin, unix.NFNL_BATCH_GENID, binary.BigEndian.AppendUint32(nil, gen))
 	}
-	msgs := []netlink.Message{msg(unix.NFNL_MSG_BATCH_BEGIN, begin)}
-	for _, r := range changes {
-		msgs = append(msgs, msg(unix.NFNL_SUBSYS_NFTABLES<<8|int(r.Cmd), append([]byte{r.Family, unix.NFNETLINK_V0, 0, 0}, r.Attrs...)))
-	}
-	return c.Batch(ctx, append(msgs, msg(unix.NFNL_MSG_BATCH_END, subsys)))
+	msgs := make([]netlink.Message, 0, len(changes)+2)
+	msgs = append(append(msgs, message(unix.NFNL_MSG_BATCH_BEGIN, begin)), changes...)
+	return c.Batch(ctx, append(msgs, message(unix.NFNL_MSG_BATCH_END, subsys)))
+}
+
+func message(typ int, data []byte) netlink.Message {
+	return netlink.Message{Header: netlink.Header{Type: netlink.HeaderType(typ), Flags: netlink.Request}, Data: data}
 }
 
 func appendMsg(b []byte, typ, flags uint16, seq uint32, data, more []byte) []byte {

@@ -1,0 +1,106 @@
+package iptables
+
+import (
+	"bytes"
+	"context"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/criu-netlock/criu-netlock/netlock"
+	"github.com/criu-netlock/criu-netlock/nft/nfnl"
+)
+
+// quiet stays with a handle that keeps sockets once nothing of ours was seen in its
+// namespace, to tell without entering it that there is still nothing.
+type quiet struct {
+	conn *nfnl.Conn
+	gen  uint32 // of the rules of nf_tables, when there was nothing
+	// names are the lists of the legacy tables that there are; -1 where the kernel has none.
+	names [2]int
+}
+
+// quietKey is what it stands under.
+type quietKey struct{}
+
+// namesFile lists a family's legacy tables.
+func (f family) namesFile() string { return procNet + "/" + f.proc + "names" }
+
+// watch takes the connection over, on a thread inside the namespace. It returns nil if
+// something is not as simple as it mostly is.
+func watch(conn *nfnl.Conn, gen uint32) *quiet {
+	if conn == nil || gen == 0 {
+		return nil
+	}
+	q := &quiet{conn: conn, gen: gen, names: [2]int{-1, -1}}
+	for i, f := range families() {
+		fd, err := unix.Open(f.namesFile(), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		switch err {
+		case nil:
+			q.names[i] = fd
+		case unix.ENOENT:
+		default:
+			q.closeNames()
+			return nil
+		}
+	}
+	return q
+}
+
+// still tells whether nothing of ours is there for certain.
+func (q *quiet) still(ctx context.Context) bool {
+	for i, f := range families() {
+		if q.names[i] < 0 {
+			// With the kernel's module it would have come in every namespace.
+			if unix.Access(f.namesFile(), unix.F_OK) != unix.ENOENT {
+				return false
+			}
+			continue
+		}
+		var buf [1024]byte
+		n, err := unix.Pread(q.names[i], buf[:], 0)
+		if err != nil || n == len(buf) {
+			return false
+		}
+		for _, name := range tableNames {
+			if bytes.Contains(append([]byte("\n"), buf[:n]...), []byte("\n"+name+"\n")) {
+				return false
+			}
+		}
+	}
+	ans, err := q.conn.Ask(ctx, nfnl.Request{Cmd: unix.NFT_MSG_GETGEN})
+	return err == nil && generation(ans[0]) == q.gen
+}
+
+// Moved keeps up with what another backend has changed.
+func (q *quiet) Moved(from, to uint32) {
+	if q.gen == from {
+		q.gen = to
+	}
+}
+
+func (q *quiet) closeNames() {
+	for _, fd := range q.names {
+		if fd >= 0 {
+			unix.Close(fd)
+		}
+	}
+}
+
+// Close ends the watch.
+func (q *quiet) Close() error {
+	q.closeNames()
+	return q.conn.Close()
+}
+
+// stillQuiet tells whether a watch says so that is with the handle.
+func stillQuiet(ctx context.Context, ns *netlock.Namespace) bool {
+	q, ok := ns.Take(quietKey{}).(*quiet)
+	if !ok {
+		return false
+	}
+	if q.still(ctx) && ns.Leave(quietKey{}, q) {
+		return true
+	}
+	q.Close()
+	return false
+}
