@@ -10,6 +10,9 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
+
+	"github.com/checkpoint-restore/go-criu/v8/stats"
 )
 
 // Engine runs one container with the workload, and checkpoints it.
@@ -111,6 +114,21 @@ func (c *Container) Log() (string, error) {
 	}
 	b, err := os.ReadFile(c.log)
 	return string(b), err
+}
+
+// Freeze is how long the tasks stood still in the last dump, as CRIU has counted it: from
+// the first attempt to freeze them on.
+func (c *Container) Freeze() (time.Duration, error) {
+	dir, err := os.Open(filepath.Dir(c.log))
+	if err != nil {
+		return 0, err
+	}
+	defer dir.Close()
+	st, err := stats.CriuGetDumpStats(dir)
+	if err != nil {
+		return 0, fmt.Errorf("CRIU's statistics: %w", err)
+	}
+	return time.Duration(st.GetFreezingTime()+st.GetFrozenTime()) * time.Microsecond, nil
 }
 
 // withLog adds the log's errors to an engine's error.

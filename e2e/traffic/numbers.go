@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"strings"
+	"time"
 )
 
 // EchoPort answers every byte, and counts numbered datagrams.
@@ -37,6 +38,40 @@ func ParseCount(s string) (n Count, err error) {
 
 // Numbered is a datagram with a number.
 func Numbered(n uint64) []byte { return binary.BigEndian.AppendUint64(nil, n) }
+
+// Numbers sends numbered datagrams to who counts them. One goroutine at a time uses it.
+type Numbers struct {
+	Conn net.Conn
+	Sent uint64
+}
+
+// Send sends n datagrams.
+func (n *Numbers) Send(count int) error {
+	for range count {
+		n.Sent++
+		if _, err := n.Conn.Write(Numbered(n.Sent)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Count asks what became of them all.
+func (n *Numbers) Count() (Count, error) {
+	if err := n.Conn.SetDeadline(time.Now().Add(2 * time.Second)); err != nil {
+		return Count{}, err
+	}
+	defer n.Conn.SetDeadline(time.Time{})
+	if _, err := n.Conn.Write([]byte(Report)); err != nil {
+		return Count{}, err
+	}
+	b := make([]byte, 64)
+	k, err := n.Conn.Read(b)
+	if err != nil {
+		return Count{}, err
+	}
+	return ParseCount(string(b[:k]))
+}
 
 // ServeNumbers counts numbered datagrams, and reports to who asks.
 func ServeNumbers(c net.PacketConn) error {

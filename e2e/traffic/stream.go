@@ -72,6 +72,8 @@ type Stats struct {
 	Acked uint64
 	// Gap is the longest time between two messages received.
 	Gap time.Duration
+	// Still is the longest time in which no more of ours was confirmed.
+	Still time.Duration
 }
 
 // Stream is one side of a numbered stream.
@@ -82,13 +84,19 @@ type Stream struct {
 
 	mu    sync.Mutex
 	stats Stats
-	last  time.Time
+	last  time.Time // a message came
+	moved time.Time // more of ours was confirmed
 	err   error
+}
+
+func newStream(conn net.Conn) *Stream {
+	now := time.Now()
+	return &Stream{conn: conn, stop: make(chan struct{}), done: make(chan struct{}), last: now, moved: now}
 }
 
 // Start begins to send and receive on conn.
 func Start(conn net.Conn) *Stream {
-	s := &Stream{conn: conn, stop: make(chan struct{}), done: make(chan struct{}), last: time.Now()}
+	s := newStream(conn)
 	go s.read()
 	go s.write()
 	return s
@@ -125,6 +133,10 @@ func (s *Stream) read() {
 		now := time.Now()
 		s.mu.Lock()
 		s.stats.Received++
+		if ack > s.stats.Acked {
+			s.stats.Still = max(s.stats.Still, now.Sub(s.moved))
+			s.moved = now
+		}
 		s.stats.Acked = ack
 		s.stats.Gap = max(s.stats.Gap, now.Sub(s.last))
 		s.last = now
@@ -219,7 +231,7 @@ func (s *Stream) Finish(ctx context.Context) (Stats, error) {
 // with one last message that confirms all there was.
 func Serve(conn net.Conn) error {
 	defer conn.Close()
-	s := &Stream{conn: conn, stop: make(chan struct{}), done: make(chan struct{}), last: time.Now()}
+	s := newStream(conn)
 	go s.read()
 	tick := time.NewTicker(Interval)
 	defer tick.Stop()

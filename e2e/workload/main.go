@@ -43,7 +43,7 @@ func main() {
 
 // other is what the workload's companions in a pod do: "pause" nothing, which keeps
 // the pod's namespaces; "stream PORT" serves numbered streams at that port; "numbers"
-// answers bytes and counts datagrams.
+// is for a traffic.Client.
 func other(args []string) error {
 	switch {
 	case len(args) == 1 && args[0] == "pause":
@@ -66,7 +66,7 @@ func other(args []string) error {
 			return err
 		}
 		go func() { log.Fatal(traffic.ServeNumbers(c)) }()
-		return listen(map[int]func(*net.TCPConn){traffic.EchoPort: traffic.Echo})
+		return listen(map[int]func(*net.TCPConn){traffic.EchoPort: traffic.Echo, traffic.StreamPort: stream})
 	}
 	return fmt.Errorf("unknown arguments %q", args)
 }
