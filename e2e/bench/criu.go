@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"regexp"
 	"strconv"
 	"strings"
@@ -20,25 +19,11 @@ import (
 func inCRIU(program string, dumps int) (err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Minute)
 	defer cancel()
-	root, err := testbed.Default().Ensure(ctx, func(s string) { fmt.Fprintln(os.Stderr, s) })
-	if err != nil {
-		return err
-	}
-	s, err := root.Enter(ctx)
+	s, err := enterTestbed(ctx, program)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, s.Close()) }()
-	if err := s.Build(ctx, map[string]string{"workload": "e2e/workload", "rpcclient": "e2e/rpcclient"}); err != nil {
-		return err
-	}
-	b, err := os.ReadFile(program)
-	if err != nil {
-		return err
-	}
-	if err := os.WriteFile(filepath.Join(s.Work, "bin", "criu-netlock"), b, 0o755); err != nil {
-		return err
-	}
 	n, err := s.NewNet(ctx, "bench")
 	if err != nil {
 		return err

@@ -1,0 +1,142 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"github.com/criu-netlock/criu-netlock/e2e/testbed"
+	"github.com/criu-netlock/criu-netlock/e2e/traffic"
+	"github.com/criu-netlock/criu-netlock/netlock/config"
+)
+
+// enterTestbed opens a session that has the workload, and the program that was built.
+func enterTestbed(ctx context.Context, program string) (*testbed.Session, error) {
+	root, err := testbed.Default().Ensure(ctx, func(s string) { fmt.Fprintln(os.Stderr, s) })
+	if err != nil {
+		return nil, err
+	}
+	s, err := root.Enter(ctx)
+	if err != nil {
+		return nil, err
+	}
+	err = s.Build(ctx, map[string]string{"workload": "e2e/workload", "rpcclient": "e2e/rpcclient"})
+	var b []byte
+	if err == nil {
+		b, err = os.ReadFile(program)
+	}
+	if err == nil {
+		err = os.WriteFile(filepath.Join(s.Work, "bin", "criu-netlock"), b, 0o755)
+	}
+	if err != nil {
+		return nil, errors.Join(err, s.Close())
+	}
+	return s, nil
+}
+
+// dumpWays are the locks that a real dump is felt under.
+func dumpWays() []dumpWay {
+	ours := []string{testbed.BinDir + "/criu-netlock"}
+	return []dumpWay{
+		{name: "no lock at all (`network-lock skip`)", criu: "skip"},
+		{name: "CRIU's, iptables (`iptables-nft`)", criu: "iptables"},
+		{name: "CRIU's, nftables", criu: "nftables"},
+		{name: "criu-netlock, `drop`", criu: "skip", scripts: ours, mode: "drop"},
+		{name: "**criu-netlock, `hold`**", criu: "skip", scripts: ours, mode: "hold"},
+	}
+}
+
+type dumpWay struct {
+	name, criu, mode string
+	scripts          []string
+	felt             []traffic.Felt
+	freezes          []time.Duration
+}
+
+// feltDumps has a client feel real dumps of a container by runc that goes on running, one
+// under each lock in turn.
+func feltDumps(program string, dumps int) (err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Minute)
+	defer cancel()
+	s, err := enterTestbed(ctx, program)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, s.Close()) }()
+	n, err := s.NewNet(ctx, "felt")
+	if err != nil {
+		return err
+	}
+	defer n.Close(ctx)
+	e := &testbed.Runc{Container: testbed.Container{S: s, Net: n, ID: "felt-runc", Lock: "skip",
+		Argv: []string{testbed.BinDir + "/workload", "numbers"}, Options: []string{"skip-in-flight"}}}
+	if err := e.Start(ctx); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, e.Destroy(ctx)) }()
+	c, err := traffic.NewClient(ctx, n.Peer, testbed.ContainerV4)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	ways := dumpWays()
+	for d := range dumps + 1 {
+		for i := range ways {
+			w := &ways[i]
+			e.Lock, e.Scripts = w.criu, w.scripts
+			if err := os.WriteFile(s.Path(config.DefaultPath), []byte("mode = \""+w.mode+"\"\n"), 0o644); err != nil {
+				return err
+			}
+			end, err := c.Feel(ctx)
+			if err != nil {
+				return fmt.Errorf("%s: %w", w.name, err)
+			}
+			err = e.Dump(ctx, true)
+			felt, e2 := end()
+			freeze, e3 := e.Freeze()
+			if err := errors.Join(err, e2, e3); err != nil {
+				return fmt.Errorf("%s: %w", w.name, err)
+			}
+			if d == 0 {
+				continue // the first one reads CRIU from the disk
+			}
+			w.felt, w.freezes = append(w.felt, felt), append(w.freezes, freeze)
+		}
+	}
+	printFelt("runc", dumps, ways)
+	return nil
+}
+
+func printFelt(engine string, dumps int, ways []dumpWay) {
+	fmt.Printf("A client of a container that %s dumps and leaves running, %d dumps each, in turn; medians, the worst in brackets.\n\n", engine, dumps)
+	fmt.Println("| lock | freeze | longest gap | beyond the freeze | longest connect | connects over 500 ms | SYNs again | datagrams lost | twice | broken |")
+	fmt.Println("|---|---|---|---|---|---|---|---|---|---|")
+	for _, w := range ways {
+		var gaps, beyond, connects []time.Duration
+		var sum traffic.Felt
+		for i, f := range w.felt {
+			gaps, beyond, connects = append(gaps, f.Gap()), append(beyond, f.Gap()-w.freezes[i]), append(connects, f.Connect)
+			sum.Connects += f.Connects
+			sum.Slow += f.Slow
+			sum.SYNs += f.SYNs
+			sum.Sent += f.Sent
+			sum.Lost += f.Lost
+			sum.Twice += f.Twice
+			sum.Broken += f.Broken
+			if f.Why != nil {
+				fmt.Fprintln(os.Stderr, w.name, f.Why)
+			}
+		}
+		fmt.Printf("| %s | %s | %s | %s | %s | %d of %d | %d | %d of %d | %d | %d |\n", w.name, worst(w.freezes), worst(gaps), worst(beyond), worst(connects),
+			sum.Slow, sum.Connects, sum.SYNs, sum.Lost, sum.Sent, sum.Twice, sum.Broken)
+	}
+}
+
+// worst is a median, and the longest in brackets.
+func worst(d []time.Duration) string {
+	return fmt.Sprintf("%.1f (%.1f) ms", float64(median(d).Microseconds())/1e3, float64(slices.Max(d).Microseconds())/1e3)
+}
