@@ -19,7 +19,7 @@ import (
 func inCRIU(program string, dumps int) (err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Minute)
 	defer cancel()
-	s, err := enterTestbed(ctx, program)
+	s, err := enterTestbed(ctx, program, testbed.Default(), (*testbed.Root).Enter)
 	if err != nil {
 		return err
 	}

@@ -15,12 +15,12 @@ import (
 )
 
 // enterTestbed opens a session that has the workload, and the program that was built.
-func enterTestbed(ctx context.Context, program string) (*testbed.Session, error) {
-	root, err := testbed.Default().Ensure(ctx, func(s string) { fmt.Fprintln(os.Stderr, s) })
+func enterTestbed(ctx context.Context, program string, recipe testbed.Recipe, enter func(*testbed.Root, context.Context) (*testbed.Session, error)) (*testbed.Session, error) {
+	root, err := recipe.Ensure(ctx, func(s string) { fmt.Fprintln(os.Stderr, s) })
 	if err != nil {
 		return nil, err
 	}
-	s, err := root.Enter(ctx)
+	s, err := enter(root, ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -57,12 +57,17 @@ type dumpWay struct {
 	freezes          []time.Duration
 }
 
-// feltDumps has a client feel real dumps of a container by runc that goes on running, one
-// under each lock in turn.
-func feltDumps(program string, dumps int) (err error) {
+// dumper is an engine whose container can be dumped under another lock each time.
+type dumper interface {
+	testbed.Engine
+	Freeze() (time.Duration, error)
+}
+
+// feltRunc has a client feel dumps by runc.
+func feltRunc(program string, dumps int) (err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Minute)
 	defer cancel()
-	s, err := enterTestbed(ctx, program)
+	s, err := enterTestbed(ctx, program, testbed.Default(), (*testbed.Root).Enter)
 	if err != nil {
 		return err
 	}
@@ -72,8 +77,53 @@ func feltDumps(program string, dumps int) (err error) {
 		return err
 	}
 	defer n.Close(ctx)
-	e := &testbed.Runc{Container: testbed.Container{S: s, Net: n, ID: "felt-runc", Lock: "skip",
-		Argv: []string{testbed.BinDir + "/workload", "numbers"}, Options: []string{"skip-in-flight"}}}
+	e := &testbed.Runc{Container: feltContainer(s, n)}
+	e.Options = []string{inFlight}
+	return feltDumps(ctx, "runc", e, n, dumps, func(w dumpWay) error {
+		e.Lock, e.Scripts = w.criu, w.scripts
+		return writeMode(s, w)
+	})
+}
+
+// feltPodman has a client feel dumps by podman, with runc.
+func feltPodman(program string, dumps int) (err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Minute)
+	defer cancel()
+	s, err := enterTestbed(ctx, program, testbed.Engines(), (*testbed.Root).EnterApart)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, s.Close()) }()
+	n, err := s.NewLAN(ctx, "felt")
+	if err != nil {
+		return err
+	}
+	defer n.Peer.Close() // the rest goes with the session
+	return feltDumps(ctx, "podman", &testbed.Podman{Container: feltContainer(s, n), Stats: true}, n, dumps, func(w dumpWay) error {
+		runc := inFlight + "\n"
+		for _, p := range w.scripts {
+			runc += "action-script " + p + "\n"
+		}
+		return errors.Join(writeMode(s, w),
+			os.WriteFile(s.Path("/etc/criu/runc.conf"), []byte(runc), 0o644),
+			os.WriteFile(s.Path("/etc/criu/default.conf"), []byte("network-lock "+w.criu+"\n"), 0o644))
+	})
+}
+
+// inFlight is an option of CRIU's: to leave out the connections that the server has not accepted.
+const inFlight = "skip-in-flight"
+
+func feltContainer(s *testbed.Session, n *testbed.Net) testbed.Container {
+	return testbed.Container{S: s, Net: n, ID: "felt", Lock: "skip", Argv: []string{testbed.BinDir + "/workload", "numbers"}}
+}
+
+func writeMode(s *testbed.Session, w dumpWay) error {
+	return os.WriteFile(s.Path(config.DefaultPath), []byte("mode = \""+w.mode+"\"\n"), 0o644)
+}
+
+// feltDumps has a client feel real dumps of a container that goes on running, one under
+// each lock in turn, which use sets.
+func feltDumps(ctx context.Context, name string, e dumper, n *testbed.Net, dumps int, use func(dumpWay) error) (err error) {
 	if err := e.Start(ctx); err != nil {
 		return err
 	}
@@ -87,8 +137,7 @@ func feltDumps(program string, dumps int) (err error) {
 	for d := range dumps + 1 {
 		for i := range ways {
 			w := &ways[i]
-			e.Lock, e.Scripts = w.criu, w.scripts
-			if err := os.WriteFile(s.Path(config.DefaultPath), []byte("mode = \""+w.mode+"\"\n"), 0o644); err != nil {
+			if err := use(*w); err != nil {
 				return err
 			}
 			end, err := c.Feel(ctx)
@@ -107,7 +156,7 @@ func feltDumps(program string, dumps int) (err error) {
 			w.felt, w.freezes = append(w.felt, felt), append(w.freezes, freeze)
 		}
 	}
-	printFelt("runc", dumps, ways)
+	printFelt(name, dumps, ways)
 	return nil
 }
 

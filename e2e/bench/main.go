@@ -30,7 +30,7 @@ import (
 
 func main() {
 	rounds := flag.Int("rounds", 60, "rounds of every measurement")
-	parts := flag.String("parts", "hook,process,rules,namespaces,criu,dumps", "which parts to run")
+	parts := flag.String("parts", "hook,process,rules,namespaces,criu,runc,podman", "which parts to run")
 	dumps := flag.Int("dumps", 15, "real dumps for each lock")
 	flag.Parse()
 	if err := run(*parts, *rounds, *dumps); err != nil {
@@ -78,8 +78,10 @@ func run(parts string, rounds, dumps int) error {
 			err = manyNamespaces()
 		case "criu":
 			err = inCRIU(program, dumps)
-		case "dumps":
-			err = feltDumps(program, dumps)
+		case "runc":
+			err = feltRunc(program, dumps)
+		case "podman":
+			err = feltPodman(program, dumps)
 		default:
 			err = fmt.Errorf("unknown part %q", p)
 		}

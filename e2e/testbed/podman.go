@@ -2,11 +2,14 @@ package testbed
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // podmanNet and podmanImage are made when the first container needs them.
@@ -26,8 +29,11 @@ type Podman struct {
 	Sibling []string
 	// Runtime is used in place of runc.
 	Runtime string
+	// Stats: dumps are asked for what Freeze tells.
+	Stats   bool
 	started bool // and not yet removed
 	running bool
+	stats   string
 }
 
 func (e *Podman) podman(ctx context.Context, args ...string) (string, error) {
@@ -123,14 +129,36 @@ func (e *Podman) Start(ctx context.Context) error {
 // Dump is podman container checkpoint.
 func (e *Podman) Dump(ctx context.Context, leaveRunning bool) error {
 	args := []string{"container", "checkpoint", "--tcp-established", "--keep"}
+	if e.Stats {
+		args = append(args, "--print-stats")
+	}
 	if leaveRunning {
 		args = append(args, "--leave-running")
 	}
-	_, err := e.podman(ctx, append(args, e.ID)...)
+	var err error
+	e.stats, err = e.podman(ctx, append(args, e.ID)...)
 	if err == nil && !leaveRunning {
 		e.running = false
 	}
 	return e.withLog(err)
+}
+
+// Freeze is how long the tasks stood still in the last dump, as CRIU has counted it and
+// podman prints it.
+func (e *Podman) Freeze() (time.Duration, error) {
+	var said struct {
+		Containers []struct {
+			CRIU struct {
+				Freezing int64 `json:"freezing_time"`
+				Frozen   int64 `json:"frozen_time"`
+			} `json:"criu_statistics"`
+		} `json:"container_statistics"`
+	}
+	if err := json.Unmarshal([]byte(e.stats), &said); err != nil || len(said.Containers) != 1 {
+		return 0, fmt.Errorf("podman's statistics %q: %w", e.stats, err)
+	}
+	st := said.Containers[0].CRIU
+	return time.Duration(st.Freezing+st.Frozen) * time.Microsecond, nil
 }
 
 // Restore is podman container restore.
