@@ -169,13 +169,7 @@ func printFelt(engine string, dumps int, ways []dumpWay) {
 		var sum traffic.Felt
 		for i, f := range w.felt {
 			gaps, beyond, connects = append(gaps, f.Gap()), append(beyond, f.Gap()-w.freezes[i]), append(connects, f.Connect)
-			sum.Connects += f.Connects
-			sum.Slow += f.Slow
-			sum.SYNs += f.SYNs
-			sum.Sent += f.Sent
-			sum.Lost += f.Lost
-			sum.Twice += f.Twice
-			sum.Broken += f.Broken
+			sum.Add(f)
 			if f.Why != nil {
 				fmt.Fprintln(os.Stderr, w.name, f.Why)
 			}

@@ -30,16 +30,18 @@ import (
 
 func main() {
 	rounds := flag.Int("rounds", 60, "rounds of every measurement")
-	parts := flag.String("parts", "hook,process,rules,namespaces,criu,runc,podman", "which parts to run")
+	parts := flag.String("parts", "hook,process,rules,namespaces,criu,windows,runc,podman", "which parts to run")
 	dumps := flag.Int("dumps", 15, "real dumps for each lock")
+	times := flag.Int("windows", 5, "how often a lock of each length is felt")
+	data := flag.String("data", "", "a file for what e2e/bench/plot draws")
 	flag.Parse()
-	if err := run(*parts, *rounds, *dumps); err != nil {
+	if err := run(*parts, *rounds, *dumps, *times, *data); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
 }
 
-func run(parts string, rounds, dumps int) error {
+func run(parts string, rounds, dumps, times int, data string) error {
 	dir, err := os.MkdirTemp("", "criu-netlock-bench")
 	if err != nil {
 		return err
@@ -78,6 +80,8 @@ func run(parts string, rounds, dumps int) error {
 			err = manyNamespaces()
 		case "criu":
 			err = inCRIU(program, dumps)
+		case "windows":
+			err = feltWindows(dir, times, data)
 		case "runc":
 			err = feltRunc(program, dumps)
 		case "podman":
@@ -140,11 +144,16 @@ func (n *benchNS) close() {
 }
 
 func (n *benchNS) nft(rules string) error {
+	return n.run(context.Background(), rules, "nft", "-f", "-")
+}
+
+// run runs a program in the namespace.
+func (n *benchNS) run(ctx context.Context, stdin string, argv ...string) error {
 	return n.ns.Do(func() error {
-		c := exec.Command("nft", "-f", "-")
-		c.Stdin = strings.NewReader(rules)
+		c := exec.CommandContext(ctx, argv[0], argv[1:]...)
+		c.Stdin = strings.NewReader(stdin)
 		if out, err := c.CombinedOutput(); err != nil {
-			return fmt.Errorf("nft: %w: %s", err, out)
+			return fmt.Errorf("%s: %w: %s", argv[0], err, out)
 		}
 		return nil
 	})

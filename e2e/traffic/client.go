@@ -32,6 +32,22 @@ type Felt struct {
 // Gap is the longest that an open connection stood still.
 func (f Felt) Gap() time.Duration { return max(f.Request, f.Kept, f.Stream) }
 
+// Add makes f the sum of two, of which the longest times are kept.
+func (f *Felt) Add(g Felt) {
+	f.Request, f.Kept = max(f.Request, g.Request), max(f.Kept, g.Kept)
+	f.Stream, f.Connect = max(f.Stream, g.Stream), max(f.Connect, g.Connect)
+	f.Connects += g.Connects
+	f.Slow += g.Slow
+	f.SYNs += g.SYNs
+	f.Sent += g.Sent
+	f.Lost += g.Lost
+	f.Twice += g.Twice
+	f.Broken += g.Broken
+	if f.Why == nil {
+		f.Why = g.Why
+	}
+}
+
 const (
 	// SlowConnect is what no connect takes whose first SYN gets through.
 	SlowConnect = 500 * time.Millisecond
