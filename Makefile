@@ -26,6 +26,9 @@ LIBFLAGS := -tags clibrary -trimpath -ldflags "-s -w -X runtime.godebugDefault=a
   -extld $(CURDIR)/cmd/libcriunetlock/link.sh -extldflags '-Wl,-soname,libcriunetlock.so -Wl,-z,defs -Wl,--version-script=$(CURDIR)/cmd/libcriunetlock/exports.map'"
 LIBDIR   ?= bin
 
+# A module of its own, for its requirements.
+PLOT := e2e/bench/plot
+
 .PHONY: help build install lib install-lib test lint bench faults demo deps fuzz clean
 
 help: ## list the targets
@@ -51,6 +54,7 @@ test: export CI = true
 test: deps ## all tests: units, fuzzing, the kernel, real CRIU and runc
 	$(GO) vet ./...
 	$(GO) test -p 1 -count=1 -timeout 30m ./...
+	cd $(PLOT) && $(GO) test -count=1 ./...
 	$(MAKE) --no-print-directory fuzz
 
 # Every fuzz target for some seconds; a target that is not found is an error.
@@ -71,14 +75,16 @@ lint: deps-go deps-c ## gofmt, vet, golangci-lint, govulncheck, go mod tidy and 
 	CGO_ENABLED=1 $(GO) vet -tags clibrary ./cmd/libcriunetlock
 	$(GO) mod verify
 	$(GO) mod tidy -diff
+	cd $(PLOT) && $(GO) vet ./... && $(GO) mod verify && $(GO) mod tidy -diff
 	$(call tool,$(LINT))
-	GOLANGCI_LINT_CACHE=$(CACHE)/lint$(subst /,-,$(CURDIR)) $(CACHE)/$(notdir $(subst @,-,$(LINT))) run
+	for d in . $(PLOT); do (cd $$d && GOLANGCI_LINT_CACHE=$(CACHE)/lint$(subst /,-,$(CURDIR)) $(CACHE)/$(notdir $(subst @,-,$(LINT))) run) || exit 1; done
 	$(call tool,$(VULN))
 	@echo govulncheck ./...; out=$$($(CACHE)/$(notdir $(subst @,-,$(VULN))) ./... 2>&1) || { code=$$?; echo "$$out"; \
 	  case "$$out" in *"fetching vulnerabilities"*) echo "NOT CHECKED for known holes: the database is out of reach";; *) exit $$code;; esac; }
 
-bench: deps ## measure beside what a user would use instead, as ratios
-	$(GO) run ./e2e/bench
+bench: deps ## measure beside what a user would use instead, as ratios; draws docs/hold.svg
+	$(GO) run ./e2e/bench -data docs/hold.csv
+	cd $(PLOT) && $(GO) run . $(CURDIR)/docs/hold.csv $(CURDIR)/docs/hold.svg
 
 # Killed, refused and robbed at every point there is, instead of the few of `make test`.
 faults: export CI = true
