@@ -13,9 +13,9 @@ import (
 	"github.com/criu-netlock/criu-netlock/e2e/testbed"
 )
 
-// everyHook: TestKilled kills CRIU at every hook, and not at those alone at which
-// something is locked; make faults.
-var everyHook = flag.Bool("every-hook", false, "kill CRIU at every hook")
+// everyHook: the whole sets of what can befall a checkpoint, for make faults. TestKilled kills
+// CRIU at every hook then, and not at those alone at which something is locked.
+var everyHook = flag.Bool("every-hook", false, "try every fault of a checkpoint, not the short set alone")
 
 // CRIU is killed at the hooks at which something is locked, or at all. It cannot call any
 // further hook then: what remains is the guard.

@@ -51,6 +51,8 @@ type Container struct {
 	Options []string
 	// Hooks have the log where an engine removes it.
 	Hooks *Hooks
+	// Images is a folder of the session for the images, in place of one of the container's.
+	Images string
 
 	log string // host path of the last log
 	ops int
@@ -90,13 +92,29 @@ func (c *Container) quietly(ctx context.Context, argv ...string) (string, error)
 	return strings.TrimSpace(string(said)), e
 }
 
+// images is the folder of a dump's images, as the machine and as the session see it.
+func (c *Container) images() (host, inside string) {
+	if c.Images != "" {
+		return c.S.Path(c.Images), c.Images
+	}
+	return c.dir("images")
+}
+
 // newImages makes an empty folder for a dump's images.
 func (c *Container) newImages() (inside string, err error) {
-	host, inside := c.dir("images")
-	if err := os.RemoveAll(host); err != nil {
-		return "", err
+	host, inside := c.images()
+	if c.Images == "" {
+		if err := os.RemoveAll(host); err != nil {
+			return "", err
+		}
+		return inside, os.MkdirAll(host, 0o700)
 	}
-	return inside, os.MkdirAll(host, 0o700)
+	// It may be a file system of its own.
+	old, err := filepath.Glob(filepath.Join(host, "*"))
+	for _, name := range old {
+		err = errors.Join(err, os.RemoveAll(name))
+	}
+	return inside, err
 }
 
 // newWork makes CRIU's work folder for one operation.
@@ -167,7 +185,9 @@ type CLI struct {
 	Shared bool
 	// Client, if set, is a program that takes CRIU's command line and has CRIU do it.
 	Client []string
-	pid    int
+	// Flags, if set, are CRIU's for a dump that leaves the tasks, in place of --leave-running.
+	Flags []string
+	pid   int
 }
 
 // PID is the workload's.
@@ -221,7 +241,7 @@ func (e *CLI) criu(ctx context.Context, verb string, args ...string) error {
 	if err != nil {
 		return err
 	}
-	_, images := e.dir("images")
+	_, images := e.images()
 	client := e.Client
 	if client == nil {
 		client = []string{"criu"}
@@ -241,7 +261,7 @@ func (e *CLI) criu(ctx context.Context, verb string, args ...string) error {
 // Take copies the images of a dump that another session made of a container with the
 // same ID, as a migration would.
 func (c *Container) Take(from *Session) error {
-	host, _ := c.dir("images")
+	host, _ := c.images()
 	if err := os.RemoveAll(host); err != nil {
 		return err
 	}
@@ -254,7 +274,10 @@ func (e *CLI) Dump(ctx context.Context, leaveRunning bool) error {
 		return err
 	}
 	args := []string{"--tree", strconv.Itoa(e.pid)}
-	if leaveRunning {
+	switch {
+	case leaveRunning && e.Flags != nil:
+		args = append(args, e.Flags...)
+	case leaveRunning:
 		args = append(args, "--leave-running")
 	}
 	err := e.criu(ctx, "dump", args...)
@@ -464,7 +487,7 @@ func (e *Runc) runc(ctx context.Context, verb, op string, args ...string) error 
 	if err != nil {
 		return err
 	}
-	_, images := e.dir("images")
+	_, images := e.images()
 	err = e.quiet(ctx, append(append([]string{verb, "--tcp-established", "--image-path", images, "--work-path", work}, args...), e.ID)...)
 	return e.withLog(err)
 }

@@ -103,7 +103,7 @@ func (e *LXC) Start(ctx context.Context) error {
 func (e *LXC) state() string { return filepath.Join(e.S.Work, "state/var/lib/lxc", e.ID) }
 
 func (e *LXC) checkpoint(ctx context.Context, log string, args ...string) error {
-	host, inside := e.dir("images")
+	host, inside := e.images()
 	e.log = filepath.Join(host, log)
 	args = append(args, "-D", inside, "-v")
 	for _, s := range e.lastFirst() {
