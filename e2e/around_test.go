@@ -232,8 +232,8 @@ func (r *run) waits() {
 			r.t.Fatal(err)
 		}
 	}
-	if len(r.guards()) == 0 {
-		r.t.Fatal("the guard has gone")
+	if g, err := r.guards(); err != nil || len(g) == 0 {
+		r.t.Fatalf("the guard has gone: %v", err)
 	}
 	if out, err := r.l.Run(r.ctx, oursPath, "gc"); err != nil || !strings.Contains(out, "left alone") {
 		r.t.Errorf("gc: %v\n%s", err, out)

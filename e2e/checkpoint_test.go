@@ -34,6 +34,7 @@ type run struct {
 	failAt  string                  // the hook that the test makes fail
 	diesAt  string                  // the hook that is the last before the tasks die
 	killAt  string                  // the hook at which the test kills CRIU, in place of that
+	after   func()                  // what the test does when it has killed CRIU
 	at      map[string]func() error // what the test does at a hook, before it looks
 	errs    []error
 	twice   bool // we are there by two interfaces
@@ -122,6 +123,9 @@ func (r *run) watch(h testbed.Hook) error {
 		if h.Action == r.killAt {
 			if _, err := r.l.Run(r.ctx, "sh", "-c", fmt.Sprint("kill -KILL ", h.CRIU)); err != nil {
 				r.errs = append(r.errs, err)
+			}
+			if r.after != nil {
+				r.after()
 			}
 		}
 		return errOnPurpose

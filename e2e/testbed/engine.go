@@ -541,3 +541,36 @@ func (e *Runc) Renew(ctx context.Context) error {
 	_, err := e.S.Run(ctx, "ip", "netns", "add", e.ID)
 	return err
 }
+
+// Thaw lets the tasks in the container's cgroups go on: those of a restore whose CRIU was
+// killed are frozen, and cannot die.
+func (e *Runc) Thaw() error {
+	for name, text := range map[string]string{"/sys/fs/cgroup/freezer%s/%s/freezer.state": "THAWED", "/sys/fs/cgroup%s/%s/cgroup.freeze": "0"} {
+		err := os.WriteFile(fmt.Sprintf(name, e.S.CgroupParent(), e.ID), []byte(text), 0)
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+	}
+	return nil
+}
+
+// Clear removes what runc itself cannot after a restore whose CRIU was killed: mounts of
+// CRIU's, and with them the container that runc believes in. Its tasks are dead by now.
+func (e *Runc) Clear(ctx context.Context) error {
+	ms, err := e.S.Mounts()
+	if err != nil {
+		return err
+	}
+	slices.Reverse(ms) // what is below first
+	_, inside := e.dir()
+	for _, m := range ms {
+		if strings.Contains(m, "/.criu.") && strings.HasPrefix(m, inside+"/") || m == "/run/runc/"+e.ID+"/criu-root" {
+			if _, err := e.S.Run(ctx, "umount", m); err != nil {
+				return err
+			}
+		}
+	}
+	e.running = false
+	_, err = e.S.Run(ctx, "runc", "delete", "--force", e.ID) // forced, it minds no container that is not there
+	return err
+}
