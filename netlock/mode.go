@@ -26,13 +26,26 @@ type Holder interface {
 	// namespace that it holds already, the one it has, which is not fresh. An error means
 	// that this Holder cannot hold there, and the lock is to drop.
 	Bind(ctx context.Context, ns *Namespace) (queue uint16, fresh bool, err error)
-	// Release delivers what a queue holds, whoever bound it, and gives it up. It calls open,
-	// which makes the lock let in what comes, when nothing is left in the queue, and delivers
-	// what came meanwhile before it returns. The namespace can send by then.
-	Release(ctx context.Context, ns *Namespace, queue uint16, open func() error) (Queue, error)
+	// Release delivers what a queue holds by a verdict, whoever bound it, and gives it up. It
+	// calls open, which makes the lock let in what comes, when nothing is left in the queue, and
+	// delivers what came meanwhile before it returns. The namespace can send by then.
+	Release(ctx context.Context, ns *Namespace, queue uint16, v Verdict, open func() error) (Queue, error)
 	// Drop gives up what Bind has taken, and all that it holds.
 	Drop(ns *Namespace)
 }
+
+// Verdict is how what a queue holds is delivered.
+type Verdict int
+
+// The verdicts.
+const (
+	// Accept: past the chains of the hook that the lock's rule is in. That suits a lock with
+	// base chains of its own.
+	Accept Verdict = iota
+	// Repeat: through that hook once more, whose chains have other rules behind the lock's,
+	// with CRIU's mark. The lock lets through what has it by then.
+	Repeat
+)
 
 // ErrNotHolding is a Holder's answer where nobody would stay to hold.
 var ErrNotHolding = errors.New("no resident process holds for this one")

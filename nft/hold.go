@@ -8,7 +8,6 @@ import (
 	"github.com/google/nftables"
 
 	"github.com/criu-netlock/criu-netlock/netlock"
-	"github.com/criu-netlock/criu-netlock/nft/nfnl"
 )
 
 func (v view) mode() netlock.Mode {
@@ -68,26 +67,6 @@ func (s *session) noExpr() {
 	s.unbind()
 }
 
-// count asks what became of the packets that a lock of mode hold has counted. Whatever
-// was neither held nor delivered was dropped.
-func (v *view) count() {
-	v.held = netlock.Queue{Number: v.queue.num}
-	st, there, err := nfnl.ReadQueue(v.queue.num)
-	if err != nil || !there {
-		return
-	}
-	v.held.Bound = true
-	v.held.Held, v.held.Overflowed = st.Held, st.Full+st.Unread
-	if out := st.Counted - st.Unread; out > st.Held {
-		v.held.Delivered = out - st.Held
-	}
-	if passed := v.held.Held + v.held.Delivered; v.in > passed {
-		v.in -= passed
-	} else {
-		v.in = 0
-	}
-}
-
 // deliver lets the namespace send again, has what is held delivered, and lets what comes
 // in. In this order: the answers to what is delivered are to get out, and when a base
 // chain is removed, ours or another, the kernel drops all that is held.
@@ -99,7 +78,7 @@ func (s *session) deliver(v view, st *netlock.State) {
 	err := open(cs[1])
 	if err == nil {
 		var q netlock.Queue
-		if q, err = s.o.Holder.Release(s.ctx, s.ns, v.queue.num, func() error { return open(cs[0]) }); err == nil {
+		if q, err = s.o.Holder.Release(s.ctx, s.ns, v.queue.num, netlock.Accept, func() error { return open(cs[0]) }); err == nil {
 			st.Queue = q
 		}
 	}

@@ -22,7 +22,7 @@ func (h *fakeHolder) Bind(context.Context, *netlock.Namespace) (uint16, bool, er
 	return 0xC114, h.bound == 1, h.err
 }
 
-func (h *fakeHolder) Release(_ context.Context, _ *netlock.Namespace, num uint16, open func() error) (netlock.Queue, error) {
+func (h *fakeHolder) Release(_ context.Context, _ *netlock.Namespace, num uint16, _ netlock.Verdict, open func() error) (netlock.Queue, error) {
 	h.opened++
 	return netlock.Queue{Number: num, Delivered: 7}, errors.Join(h.err, open())
 }

@@ -26,6 +26,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/criu-netlock/criu-netlock/netlock"
+	"github.com/criu-netlock/criu-netlock/netlock/hold"
 	"github.com/criu-netlock/criu-netlock/nft/nfnl"
 )
 
@@ -286,7 +287,7 @@ func (s *session) read(ctx context.Context, t table) (view, error) {
 	}
 	v := judge(t, objs, rules, want)
 	if v.queue != nil {
-		err = s.ns.Do(func() error { v.count(); return nil })
+		err = s.ns.Do(func() error { v.held, v.in = hold.Count(v.queue.num, v.in); return nil })
 	}
 	return v, err
 }

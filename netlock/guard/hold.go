@@ -73,13 +73,13 @@ func (h *Holder) Drop(ns *netlock.Namespace) {
 }
 
 // Release delivers what is held here, or has it delivered by who holds it.
-func (h *Holder) Release(ctx context.Context, ns *netlock.Namespace, queue uint16, open func() error) (netlock.Queue, error) {
-	q, err := h.Holder.Release(ctx, ns, queue, open)
+func (h *Holder) Release(ctx context.Context, ns *netlock.Namespace, queue uint16, v netlock.Verdict, open func() error) (netlock.Queue, error) {
+	q, err := h.Holder.Release(ctx, ns, queue, v, open)
 	switch {
 	case err == nil:
 		h.leave(ns)
 	case errors.Is(err, netlock.ErrNotHolding):
-		q, err = h.ask(ctx, ns, queue, open)
+		q, err = h.ask(ctx, ns, queue, v, open)
 	}
 	return q, err
 }
@@ -122,6 +122,7 @@ func (h *Holder) leave(ns *netlock.Namespace) {
 // What the two sides say to each other, one packet each.
 const (
 	sayRelease = "release " + Version
+	sayRepeat  = "repeat " + Version
 	sayOpen    = "open"
 	sayOpened  = "opened"
 	sayDone    = "done"
@@ -134,10 +135,17 @@ func (h *Holder) answer(c *net.UnixConn, ns *netlock.Namespace, num uint16) {
 	ctx, cancel := context.WithTimeout(context.Background(), releaseTime)
 	defer cancel()
 	until, _ := ctx.Deadline()
-	if c.SetDeadline(until) != nil || hear(c, sayRelease) != nil {
+	if c.SetDeadline(until) != nil {
 		return
 	}
-	q, err := h.Holder.Release(ctx, ns, num, func() error {
+	v := netlock.Accept
+	switch text, err := read(c); {
+	case err == nil && text == sayRepeat:
+		v = netlock.Repeat
+	case err != nil || text != sayRelease:
+		return
+	}
+	q, err := h.Holder.Release(ctx, ns, num, v, func() error {
 		if err := say(c, sayOpen); err != nil {
 			return err
 		}
@@ -152,7 +160,7 @@ func (h *Holder) answer(c *net.UnixConn, ns *netlock.Namespace, num uint16) {
 }
 
 // ask has a holder in another process deliver.
-func (h *Holder) ask(ctx context.Context, ns *netlock.Namespace, num uint16, open func() error) (q netlock.Queue, err error) {
+func (h *Holder) ask(ctx context.Context, ns *netlock.Namespace, num uint16, v netlock.Verdict, open func() error) (q netlock.Queue, err error) {
 	fail := func(err error) (netlock.Queue, error) {
 		return q, fmt.Errorf("%w: nobody delivers what is held: %w", netlock.ErrNotHolding, err)
 	}
@@ -168,7 +176,11 @@ func (h *Holder) ask(ctx context.Context, ns *netlock.Namespace, num uint16, ope
 	if d, ok := ctx.Deadline(); ok && d.Before(until) {
 		until = time.Now().Add(time.Until(d) / 2) // the rest is for the unlock
 	}
-	if err := errors.Join(c.SetDeadline(until), say(c, sayRelease)); err != nil {
+	how := sayRelease
+	if v == netlock.Repeat {
+		how = sayRepeat
+	}
+	if err := errors.Join(c.SetDeadline(until), say(c, how)); err != nil {
 		return fail(err)
 	}
 	if err := hear(c, sayOpen); err != nil {

@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -179,14 +180,23 @@ func (h *Holder) Close() {
 }
 
 // Release delivers what a queue of ours holds. What it cannot deliver it goes on holding.
-func (h *Holder) Release(ctx context.Context, ns *netlock.Namespace, num uint16, open func() error) (out netlock.Queue, err error) {
+func (h *Holder) Release(ctx context.Context, ns *netlock.Namespace, num uint16, v netlock.Verdict, open func() error) (out netlock.Queue, err error) {
 	k := h.take(ns, int(num))
 	if k == nil {
 		return out, failure("deliver", ns, netlock.ErrNotHolding)
 	}
 	k.stop()
 	err = ns.Do(func() error {
-		out, err = release(ctx, k.Queue, k.delivered, criuMark(ctx), open)
+		if v == netlock.Repeat {
+			deliver := func(last uint32) error { return k.Repeat(last, CRIUsMark) }
+			out, err = release(ctx, k.Queue, k.delivered, deliver, func() error { return whileEmptied(k.Queue, deliver, open) })
+			return err
+		}
+		mark := uint32(0) // a container's rules may go by marks
+		if CRIULocked(ctx) {
+			mark = CRIUsMark
+		}
+		out, err = release(ctx, k.Queue, k.delivered, func(last uint32) error { return k.Accept(last, mark) }, open)
 		return err
 	})
 	if err != nil {
@@ -196,6 +206,22 @@ func (h *Holder) Release(ctx context.Context, ns *netlock.Namespace, num uint16,
 	}
 	go k.Close() // which may wait for an RCU grace period
 	return out, nil
+}
+
+// Count says what became of the in packets that a lock has sent to a queue of the calling
+// thread's namespace. Whatever was neither held nor delivered was dropped.
+func Count(num uint16, in uint64) (q netlock.Queue, dropped uint64) {
+	q = netlock.Queue{Number: num}
+	st, there, err := nfnl.ReadQueue(num)
+	if err != nil || !there {
+		return q, in
+	}
+	q.Bound = true
+	q.Held, q.Overflowed = st.Held, st.Full+st.Unread
+	if out := st.Counted - st.Unread; out > st.Held {
+		q.Delivered = out - st.Held
+	}
+	return q, in - min(in, q.Held+q.Delivered)
 }
 
 // Adopt makes a queue of the namespace, which another process has bound, the Holder's.
@@ -222,19 +248,19 @@ func (h *Holder) Queue(ns *netlock.Namespace) *nfnl.Queue {
 // kernel's opens a rule and empties a queue at once. (A second thread that delivers
 // without a pause makes that time shorter, and on a busy machine takes the processor from
 // the one that opens: the container waited up to 300 ms for it.)
-func release(ctx context.Context, q *nfnl.Queue, delivered uint64, mark uint32, open func() error) (out netlock.Queue, err error) {
+func release(ctx context.Context, q *nfnl.Queue, delivered uint64, deliver func(last uint32) error, open func() error) (out netlock.Queue, err error) {
 	out = netlock.Queue{Number: q.Number(), Bound: true}
 	gone, err := lost(q.Number())
 	if err != nil {
 		return out, err
 	}
 	out.Lost = gone - min(gone, delivered)
-	st, err := drain(ctx, q, mark, rushes)
+	st, err := drain(ctx, q, deliver, rushes)
 	if err == nil {
 		err = open()
 	}
 	if err == nil {
-		st, err = drain(ctx, q, mark, 0)
+		st, err = drain(ctx, q, deliver, 0)
 	}
 	out.Overflowed = st.Full + st.Unread
 	if in := st.Counted - st.Unread; in > out.Lost+st.Held {
@@ -243,15 +269,47 @@ func release(ctx context.Context, q *nfnl.Queue, delivered uint64, mark uint32, 
 	return out, err
 }
 
+// whileEmptied delivers what comes while f runs. A lock whose rules are changed by programs takes
+// milliseconds to open, and what was left in the queue for so long would come behind what
+// passes.
+func whileEmptied(q *nfnl.Queue, deliver func(last uint32) error, f func() error) error {
+	stop, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
+	if err != nil {
+		return fmt.Errorf("eventfd: %w", err)
+	}
+	defer unix.Close(stop)
+	done := make(chan error, 1)
+	go func() {
+		for {
+			stopped, err := q.Wait(stop)
+			if err == nil && !stopped {
+				_, _, last := q.Seen()
+				err = deliver(last)
+				time.Sleep(breath)
+			}
+			if stopped || err != nil {
+				done <- err
+				return
+			}
+		}
+	}()
+	err = f()
+	_, _ = unix.Write(stop, []byte{1, 0, 0, 0, 0, 0, 0, 0}) // it cannot fail: the count is 0
+	return errors.Join(err, <-done)
+}
+
+// breath is what whileEmptied leaves to others: under a flood it would take a processor.
+const breath = 100 * time.Microsecond
+
 // rushes bounds how often the queue is emptied while packets still come to it: they may
 // come faster than it empties.
 const rushes = 100
 
 // drain delivers until the queue is empty; with a bound other than 0 no more often.
-func drain(ctx context.Context, q *nfnl.Queue, mark uint32, bound int) (st nfnl.QueueStat, err error) {
+func drain(ctx context.Context, q *nfnl.Queue, deliver func(last uint32) error, bound int) (st nfnl.QueueStat, err error) {
 	for n := 1; ; n++ {
 		_, _, last := q.Seen()
-		if err := q.Accept(last, mark); err != nil {
+		if err := deliver(last); err != nil {
 			return st, fmt.Errorf("verdict: %w", err)
 		}
 		if st, _, err = nfnl.ReadQueue(q.Number()); err != nil || st.Held == 0 || n == bound {

@@ -14,18 +14,12 @@ import (
 	"github.com/criu-netlock/criu-netlock/nft/nfnl"
 )
 
-// criusMark is SOCCR_MARK, which CRIU's own lock accepts at input.
-const criusMark = 0xC114
+// CRIUsMark is SOCCR_MARK, which CRIU's own lock accepts at input.
+const CRIUsMark = 0xC114
 
-// criuMark is the mark that delivered packets get: CRIU's if its own lock is in force in
-// the calling thread's namespace, and none otherwise, for a container's rules may go by
-// marks. What cannot be read counts as no lock.
-func criuMark(ctx context.Context) uint32 {
-	if nftLocked(ctx) || legacyLocked() {
-		return criusMark
-	}
-	return 0
-}
+// CRIULocked tells whether CRIU's own lock is in force in the calling thread's namespace, so
+// that what is delivered needs CRIU's mark. What cannot be read counts as no lock.
+func CRIULocked(ctx context.Context) bool { return nftLocked(ctx) || legacyLocked() }
 
 // nftLocked looks for the table inet CRIU-…, and for the chain CRIU that iptables-nft makes.
 func nftLocked(ctx context.Context) bool {

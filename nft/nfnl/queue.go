@@ -38,6 +38,7 @@ const (
 	nfqnlCopyPacket = 2
 	nfqaFlagGSO     = 4
 	nfAccept        = 1
+	nfRepeat        = 4
 	solNetlink      = 270
 	netlinkNoENOBUF = 5
 )
@@ -161,12 +162,17 @@ func (q *Queue) SetMaxLen(n uint32) error {
 // Accept delivers all that is in the queue, in its order, with a mark if that is not 0.
 // More may be in it when it returns.
 func (q *Queue) Accept(last, mark uint32) error {
-	return q.post(nfqnlMsgVerdictBatch, 0, verdict(last, mark))
+	return q.post(nfqnlMsgVerdictBatch, 0, verdict(nfAccept, last, mark))
 }
 
-func verdict(last, mark uint32) []byte {
+// Repeat is Accept, but for the hook that sent it to the queue, which each packet passes once more.
+func (q *Queue) Repeat(last, mark uint32) error {
+	return q.post(nfqnlMsgVerdictBatch, 0, verdict(nfRepeat, last, mark))
+}
+
+func verdict(how byte, last, mark uint32) []byte {
 	// Whatever has an id up to this one, read or not.
-	b := Attr(nil, nfqaVerdictHdr, binary.BigEndian.AppendUint32([]byte{0, 0, 0, nfAccept}, last+math.MaxInt32/2))
+	b := Attr(nil, nfqaVerdictHdr, binary.BigEndian.AppendUint32([]byte{0, 0, 0, how}, last+math.MaxInt32/2))
 	if mark != 0 {
 		b = Attr(b, nfqaMark, binary.BigEndian.AppendUint32(nil, mark))
 	}
