@@ -210,15 +210,21 @@ func TestGolden(t *testing.T) {
 		"ip6 daddr fd00::1 sctp dport 7", "ip6 saddr 2001:db8::/33", "icmp", "ip6 icmpv6"}
 	each(t, func(t *testing.T, _ *netlocktest.NS, v Variant) {
 		for _, name := range tableNames {
-			for _, rules := range [][]string{nil, allow} {
+			for _, suffix := range []string{"", "-allow", "-hold"} {
 				n := netlocktest.NewNS(t)
-				o, suffix := options, ""
-				for _, s := range rules {
-					r, err := netlock.ParseRule(s)
-					if err != nil {
-						t.Fatal(err)
+				o := options
+				o.Mode = netlock.Drop
+				switch suffix {
+				case "-allow":
+					for _, s := range allow {
+						r, err := netlock.ParseRule(s)
+						if err != nil {
+							t.Fatal(err)
+						}
+						o.Allow = append(o.Allow, r)
 					}
-					o.Allow, suffix = append(o.Allow, r), "-allow"
+				case "-hold":
+					o.Mode, o.Holder = netlock.Hold, &fakeHolder{}
 				}
 				b := New(v)
 				b.now = func() time.Time { return moment }
@@ -226,7 +232,7 @@ func TestGolden(t *testing.T) {
 					noRaw(b)
 				}
 				ctx := within(t, 20*time.Second)
-				if res, err := b.Lock(ctx, n.Netns(), o); err != nil || res != (netlock.Result{Backend: full(v)}) {
+				if res, err := b.Lock(ctx, n.Netns(), o); err != nil || res != (netlock.Result{Backend: full(v), Mode: o.Mode}) {
 					t.Fatalf("%+v, %v", res, err)
 				}
 				again := netlocktest.NewNS(t)
@@ -258,7 +264,7 @@ func TestGolden(t *testing.T) {
 					again.Run(text, f.prefix+"-"+string(v)+"-restore", "-w", "5")
 				}
 				st, err := New(v).State(ctx, again.Netns(), o)
-				if err != nil || !st.Intact || !st.Locked || !st.Since.Equal(moment) || st.Caller != options.Caller {
+				if err != nil || !st.Intact || !st.Locked || !st.Since.Equal(moment) || st.Caller != options.Caller || st.Mode != o.Mode {
 					t.Errorf("restored: %+v, %v", st, err)
 				}
 			}
@@ -378,7 +384,7 @@ func TestLeftovers(t *testing.T) {
 					switch end {
 					case "lock":
 						// What is besides an intact lock is removed, and the lock left alone.
-						if res := lock(t, b, n); res != (netlock.Result{Backend: full(v), Already: name == "also in filter"}) {
+						if res := lock(t, b, n); res != (netlock.Result{Backend: full(v), Mode: netlock.Drop, Already: name == "also in filter"}) {
 							t.Errorf("%+v", res)
 						}
 						wantIntact(t, n, v)
@@ -517,10 +523,10 @@ func TestVariants(t *testing.T) {
 		t.Errorf("%+v", res)
 	}
 	// An intact lock is left alone by Auto, and replaced by an explicit other variant.
-	if res := lock(t, New(Auto), n); res != (netlock.Result{Backend: "iptables-nft", Already: true}) {
+	if res := lock(t, New(Auto), n); res != (netlock.Result{Backend: "iptables-nft", Mode: netlock.Drop, Already: true}) {
 		t.Errorf("%+v", res)
 	}
-	if res := lock(t, New(Legacy), n); res != (netlock.Result{Backend: "iptables-legacy"}) {
+	if res := lock(t, New(Legacy), n); res != (netlock.Result{Backend: "iptables-legacy", Mode: netlock.Drop}) {
 		t.Errorf("%+v", res)
 	}
 	wantIntact(t, n, Legacy)
@@ -553,7 +559,7 @@ func TestBothVariants(t *testing.T) {
 		if st := state(t, New(v), n); !st.Locked || st.Intact || st.Why == "" {
 			t.Errorf("%+v", st)
 		}
-		if res := lock(t, New(v), n); res != (netlock.Result{Backend: full(v), Already: true}) {
+		if res := lock(t, New(v), n); res != (netlock.Result{Backend: full(v), Mode: netlock.Drop, Already: true}) {
 			t.Errorf("%+v", res)
 		}
 		wantIntact(t, n, v)

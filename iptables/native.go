@@ -176,7 +176,7 @@ func (d *decoder) expr(name string, data []byte) bool {
 		l := d.load
 		if !ok || !ok1 || !ok2 || l == nil || l.mask != nil || !l.pay || u32(a[unix.NFTA_BITWISE_SREG]) != l.reg ||
 			u32(a[unix.NFTA_BITWISE_LEN]) != l.size || len(mask) != int(l.size) || len(xor) != len(mask) ||
-			nfnl.U32(a[nftaBitwiseOp]) != 0 || slices.ContainsFunc(xor, func(b byte) bool { return b != 0 }) {
+			nfnl.U32(a[nftaBitwiseOp]) != 0 || slices.ContainsFunc(xor, nonzero) {
 			return false
 		}
 		l.reg, l.mask = u32(a[unix.NFTA_BITWISE_DREG]), mask
@@ -190,11 +190,24 @@ func (d *decoder) expr(name string, data []byte) bool {
 	case "immediate":
 		a, ok := attrsOf(data, unix.NFTA_IMMEDIATE_DREG, unix.NFTA_IMMEDIATE_DATA)
 		return d.verdict(a[unix.NFTA_IMMEDIATE_DATA]) && ok && u32(a[unix.NFTA_IMMEDIATE_DREG]) == unix.NFT_REG_VERDICT
+	case "target":
+		a, ok := attrsOf(data, unix.NFTA_TARGET_NAME, unix.NFTA_TARGET_REV, unix.NFTA_TARGET_INFO)
+		return ok && d.xtTarget(nfnl.Str(a[unix.NFTA_TARGET_NAME]), u32(a[unix.NFTA_TARGET_REV]), a[unix.NFTA_TARGET_INFO])
+	case "queue":
+		a, ok := attrsOf(data, unix.NFTA_QUEUE_NUM, unix.NFTA_QUEUE_TOTAL, unix.NFTA_QUEUE_FLAGS)
+		num, total := a[unix.NFTA_QUEUE_NUM], a[unix.NFTA_QUEUE_TOTAL]
+		if !ok || len(num) != 2 || len(total) != 2 || binary.BigEndian.Uint16(total) != 1 || slices.ContainsFunc(a[unix.NFTA_QUEUE_FLAGS], nonzero) {
+			return false
+		}
+		d.set(&d.target, queueTarget)
+		d.set(&d.queue, port(num))
 	case "match":
 		a, ok := attrsOf(data, unix.NFTA_MATCH_NAME, unix.NFTA_MATCH_REV, unix.NFTA_MATCH_INFO)
 		return ok && d.xtMatch(nfnl.Str(a[unix.NFTA_MATCH_NAME]), u32(a[unix.NFTA_MATCH_REV]), a[unix.NFTA_MATCH_INFO])
+	default:
+		return false
 	}
-	return false
+	return true
 }
 
 func value(b []byte) ([]byte, bool) {
@@ -296,7 +309,7 @@ func (d *decoder) link(field *string, v []byte) bool {
 		name = append(bytes.Clone(name), '+')
 	}
 	d.set(field, string(name))
-	return len(v) <= unix.IFNAMSIZ && !slices.ContainsFunc(rest, func(b byte) bool { return b != 0 })
+	return len(v) <= unix.IFNAMSIZ && !slices.ContainsFunc(rest, nonzero)
 }
 
 func port(b []byte) string { return strconv.Itoa(int(binary.BigEndian.Uint16(b))) }
@@ -325,9 +338,22 @@ func prefix(v []byte, l *load, size int) (string, bool) {
 	return p.String(), ok && p == p.Masked()
 }
 
+func nonzero(c byte) bool { return c != 0 }
+
+// xtTarget reads the one target of xtables' own that a rule of ours has: number, how many
+// queues, flags.
+func (d *decoder) xtTarget(name string, rev uint32, b []byte) bool {
+	if name != queueTarget || rev < 1 || rev > 3 || len(b) < 4 || binary.NativeEndian.Uint16(b[2:]) != 1 || slices.ContainsFunc(b[4:], nonzero) {
+		return false
+	}
+	d.set(&d.target, queueTarget)
+	d.set(&d.queue, strconv.Itoa(int(binary.NativeEndian.Uint16(b))))
+	return true
+}
+
 // xtMatch reads a match of xtables' own, which is a C struct.
 func (d *decoder) xtMatch(name string, rev uint32, b []byte) bool {
-	zero := func(b []byte) bool { return !slices.ContainsFunc(b, func(c byte) bool { return c != 0 }) }
+	zero := func(b []byte) bool { return !slices.ContainsFunc(b, nonzero) }
 	ne := binary.NativeEndian
 	// ports sets a field from a range of one port; that of all ports says nothing.
 	ports := func(field *string, b []byte) bool {

@@ -250,7 +250,7 @@ func FuzzRule(f *testing.F) {
 		if v := tab.judge(v6, "lo", nil, ""); v.locks || v.why == "" {
 			t.Fatalf("one rule passes for a lock: %+v", v)
 		}
-		tab.whole("lo", v6, nil, "")
+		tab.whole("lo", v6, nil, "", "")
 		tab.surplus()
 	})
 }

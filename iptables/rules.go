@@ -100,7 +100,7 @@ func allowSpec(r netlock.Rule) string {
 	return strings.Join(append(w, "-j", "ACCEPT"), " ")
 }
 
-// dropSpec is the last rule of both chains.
+// dropSpec is the last rule of both chains, unless the first of them holds.
 func dropSpec(comment string) string { return `-m comment --comment "` + comment + `" -j DROP` }
 
 // rule is one line of iptables-save.
@@ -126,6 +126,7 @@ type match struct {
 	icmpType, mark    string
 	comment           string
 	target            string // of -j or -g
+	queue             string // of NFQUEUE
 	rest              string
 }
 
@@ -139,6 +140,7 @@ func parseMatch(spec string) (m match) {
 	fields := map[string]*string{
 		"-i": &m.in, "-o": &m.out, "-s": &m.src, "-d": &m.dst, "-p": &m.proto, "--sport": &m.sport, "--dport": &m.dport,
 		"--icmpv6-type": &m.icmpType, "--mark": &m.mark, "--comment": &m.comment, "-j": &m.target, "-g": &m.target,
+		"--queue-num": &m.queue,
 	}
 	for i := 0; i < len(words); i++ {
 		key, value := words[i], ""
@@ -285,6 +287,7 @@ type view struct {
 	caller  netlock.Caller
 	comment string // the metadata as it stands there
 	in, out uint64
+	queue   queue // of mode hold
 }
 
 // judge compares a table with the lock that we would put there. dead says why
@@ -313,8 +316,16 @@ func (t table) judge(v6 bool, lo string, allow []netlock.Rule, dead string) view
 		for _, s := range specs(chain, lo, v6, allow) {
 			want = append(want, parseMatch(s))
 		}
-		want = append(want, drop)
-		got, drops := t.of(chain), false
+		got, drops, end := t.of(chain), false, drop
+		if n := len(want); chain == chainIn && n < len(got) {
+			// Which queue it is, is the lock's own affair.
+			if bare := got[n].match; got[n].comment != "" {
+				if bare.comment = ""; bare.isQueue() {
+					end, v.queue = bare, queue(bare.queue)
+				}
+			}
+		}
+		want = append(want, end)
 		for i, r := range got {
 			bare := r.match
 			bare.comment = ""
@@ -327,7 +338,7 @@ func (t table) judge(v6 bool, lo string, allow []netlock.Rule, dead string) view
 			default:
 				blame(true, "has rules of chain %s twice or out of order", chain)
 			}
-			if bare != drop {
+			if bare != end {
 				if r.comment != "" {
 					blame(true, "has comments in chain %s that are not ours", chain)
 				}
@@ -369,9 +380,9 @@ func (t table) judge(v6 bool, lo string, allow []netlock.Rule, dead string) view
 // whole tells whether a lock that was put in this moment is there as a whole, though
 // iptables-nft may have written its accepts in expressions that we do not know: nobody
 // else's rule is in its chains or before its jumps. It is no proof for later.
-func (t table) whole(lo string, v6 bool, allow []netlock.Rule, comment string) bool {
+func (t table) whole(lo string, v6 bool, allow []netlock.Rule, q queue, comment string) bool {
 	for _, chain := range []string{chainIn, chainOut} {
-		want := append(specs(chain, lo, v6, allow), dropSpec(comment))
+		want := append(specs(chain, lo, v6, allow), lastSpec(chain, q, comment))
 		got := t.of(chain)
 		if len(got) != len(want) {
 			return false
@@ -417,14 +428,14 @@ func (t table) unhook(b *strings.Builder) {
 
 // lockInput is what iptables-restore --noflush makes a lock from: one commit. Over
 // what is there of us it replaces it in the same commit.
-func (t table) lockInput(v6 bool, lo string, allow []netlock.Rule, comment string) string {
+func (t table) lockInput(v6 bool, lo string, allow []netlock.Rule, q queue, comment string) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "*%s\n", t.name)
 	// Naming a chain makes it, or empties it.
 	fmt.Fprintf(&b, ":%s - [0:0]\n:%s - [0:0]\n", chainIn, chainOut)
 	t.unhook(&b)
 	for _, chain := range []string{chainIn, chainOut} {
-		for _, s := range append(specs(chain, lo, v6, allow), dropSpec(comment)) {
+		for _, s := range append(specs(chain, lo, v6, allow), lastSpec(chain, q, comment)) {
 			fmt.Fprintf(&b, "-A %s %s\n", chain, s)
 		}
 	}

@@ -104,6 +104,10 @@ func TestJudge(t *testing.T) {
 		"drops only some, disguised": {table: "raw", old: "-A " + chainOut + " " + drop, new: "-A " + chainOut + " " + strings.TrimSuffix(drop, "-j DROP") + `-m mark --mark 0x5 -m comment --comment "x" -j DROP`, why: "foreign rule"},
 		"forged comment":             {table: "raw", old: "criu-netlock 1", new: "criu-netlock 9", locks: true, why: "no metadata"},
 		"comment elsewhere":          {table: "raw", old: "--mark 0xc114", new: "--mark 0xc114 -m comment --comment x", locks: true, why: "comments"},
+		"holds":                      {table: "raw", old: "-A " + chainIn + " " + drop, new: "-A " + chainIn + " " + lastSpec(chainIn, "7", netlock.Comment(moment, netlock.Caller{PID: 7, Name: "criu"})), locks: true},
+		"holds, fails open":          {table: "raw", old: "-A " + chainIn + " " + drop, new: "-A " + chainIn + " " + lastSpec(chainIn, "7", netlock.Comment(moment, netlock.Caller{PID: 7, Name: "criu"})) + " --queue-bypass", why: "foreign rule"},
+		"holds in many queues":       {table: "raw", old: "-A " + chainIn + " " + drop, new: "-A " + chainIn + " " + strings.Replace(lastSpec(chainIn, "7", netlock.Comment(moment, netlock.Caller{PID: 7, Name: "criu"})), "--queue-num 7", "--queue-balance 7:9", 1), why: "foreign rule"},
+		"holds what goes out":        {table: "raw", old: "-A " + chainOut + " " + drop, new: "-A " + chainOut + " " + lastSpec(chainIn, "7", netlock.Comment(moment, netlock.Caller{PID: 7, Name: "criu"})), why: "foreign rule"},
 		"rejects":                    {table: "raw", old: "-j DROP", new: "-j REJECT", why: "foreign rule"},
 	} {
 		text := lockText(c.table)
@@ -152,8 +156,22 @@ COMMIT
 -I OUTPUT 1 -j CRIU-NETLOCK-OUT
 COMMIT
 `
-	if got := tab.lockInput(false, "lo", nil, c); got != want {
+	if got := tab.lockInput(false, "lo", nil, "", c); got != want {
 		t.Errorf("lock:\n%s\nwant:\n%s", got, want)
+	}
+	hold := tab.lockInput(false, "lo", nil, "7", c)
+	if want := strings.Replace(want, "criu\" -j DROP", "criu\" -j NFQUEUE --queue-num 7", 1); hold != want {
+		t.Errorf("hold:\n%s\nwant:\n%s", hold, want)
+	}
+	chains, accept := ":CRIU-NETLOCK-IN - [0:0]\n:CRIU-NETLOCK-OUT - [0:0]\n", "-A CRIU-NETLOCK-IN -i lo -p tcp -m mark --mark 0xc114 -j ACCEPT\n"
+	queue, unmark := "-A CRIU-NETLOCK-IN -m mark ! --mark 0xc114 -j NFQUEUE --queue-num 7\n", "-A CRIU-NETLOCK-IN -m mark --mark 0xc114 -j MARK --set-mark 0\n"
+	for keep, unmark := range map[bool]string{false: unmark, true: ""} {
+		if got, want := tab.passInput(false, "lo", nil, "7", keep), "*raw\n"+chains+accept+queue+unmark+"COMMIT\n"; got != want {
+			t.Errorf("let marked ones pass:\n%s\nwant:\n%s", got, want)
+		}
+		if got, want := tab.openInput(keep), "*raw\n:CRIU-NETLOCK-IN - [0:0]\n"+unmark+"COMMIT\n"; got != want {
+			t.Errorf("open:\n%s\nwant:\n%s", got, want)
+		}
 	}
 	want = "*raw\n" + deletes + "-F CRIU-NETLOCK-IN\n-X CRIU-NETLOCK-IN\nCOMMIT\n"
 	if got := tab.unlockInput(); got != want {

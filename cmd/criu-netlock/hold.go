@@ -28,7 +28,11 @@ func newHolder(cfg config.Config) *guard.Holder {
 }
 
 // errImage is why nothing is held in a dump of some kernels.
-var errImage = errors.New("this kernel has no nft_queue, and without it the image that CRIU makes of the rules could not be restored")
+var (
+	errImage = errors.New("this kernel has no nft_queue, and without it the image that CRIU makes of the rules could not be restored")
+	// What nft prints of iptables-nft's target is, read in again, an expression of nft_queue.
+	errImageIPTables = errors.New("the image that CRIU makes of a queue of iptables could not be restored everywhere")
+)
 
 // modeOf is what the configuration's mode means in a checkpoint. What cannot be held in
 // spite of it has a reason.
@@ -43,6 +47,8 @@ func decideMode(cfg config.Config, phase guard.Phase, k *nft.Kernel, leavesRunni
 		return netlock.Drop, nil
 	case phase == guard.Dump && k != nil && k.NoQueue() && dumpsRules():
 		return netlock.Drop, errImage
+	case phase == guard.Dump && cfg.Backend == config.IPTables && dumpsRules():
+		return netlock.Drop, errImageIPTables
 	}
 	return netlock.Hold, nil
 }

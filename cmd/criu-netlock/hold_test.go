@@ -79,13 +79,24 @@ func (l *line) expect(words ...string) {
 	}
 }
 
-func holdConfig(t *testing.T, mode string) string {
-	return config.EnvPath + "=" + file(t, "hold.toml", "mode = \""+mode+"\"\n")
+func holdConfig(t *testing.T, mode string) string { return holdConfigOf(t, "auto", mode) }
+
+func holdConfigOf(t *testing.T, backend, mode string) string {
+	return config.EnvPath + "=" + file(t, "hold.toml", "backend = \""+backend+"\"\nmode = \""+mode+"\"\n")
+}
+
+// eachBackend runs a test with every backend.
+func eachBackend(t *testing.T, f func(t *testing.T, backend string)) {
+	for _, backend := range []string{"nft", "iptables"} {
+		t.Run(backend, func(t *testing.T) { f(t, backend) })
+	}
 }
 
 // In a dump the guard holds what comes, and delivers it at the unlock.
-func TestHoldInADump(t *testing.T) {
-	l, c := newLine(t), newCRIU(t, holdConfig(t, "hold"))
+func TestHoldInADump(t *testing.T) { eachBackend(t, holdInADump) }
+
+func holdInADump(t *testing.T, backend string) {
+	l, c := newLine(t), newCRIU(t, holdConfigOf(t, backend, "hold"))
 	if log := c.ok(t, l.pid, "pre-dump", "network-lock"); !strings.Contains(log, "mode=hold") || !strings.Contains(log, "level=INFO") {
 		t.Errorf("network-lock: %s", log)
 	}
@@ -120,8 +131,10 @@ func TestHoldInARestore(t *testing.T) {
 }
 
 // Whoever unlocks, the guard delivers.
-func TestHoldUnlockByHand(t *testing.T) {
-	l, c := newLine(t), newCRIU(t, holdConfig(t, "hold"))
+func TestHoldUnlockByHand(t *testing.T) { eachBackend(t, holdUnlockByHand) }
+
+func holdUnlockByHand(t *testing.T, backend string) {
+	l, c := newLine(t), newCRIU(t, holdConfigOf(t, backend, "hold"))
 	c.ok(t, l.pid, "pre-dump", "network-lock")
 	l.send("a", "b")
 	run(t, "unlock", "--pid", l.pid).want(t, 0, "unlocked")
@@ -240,6 +253,13 @@ func TestModeOf(t *testing.T) {
 	} {
 		if got, err := modeOfRequest(config.Config{Mode: c.mode}, nil, c.opts)(guard.Dump, c.leaves); got != c.want || err != nil {
 			t.Errorf("%s: %s, %v", name, got, err)
+		}
+	}
+	for image, want := range map[bool]netlock.Mode{true: netlock.Drop, false: netlock.Hold} {
+		cfg := config.Config{Mode: "hold", Backend: config.IPTables}
+		is := func() bool { return image }
+		if got, err := decideMode(cfg, guard.Dump, nil, is, is); got != want || (err != nil) != image {
+			t.Errorf("iptables, rules in the image %v: %s, %v", image, got, err)
 		}
 	}
 	for line, want := range map[string]bool{

@@ -6,6 +6,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/criu-netlock/criu-netlock/iptables"
 	"github.com/criu-netlock/criu-netlock/netlock"
 	"github.com/criu-netlock/criu-netlock/netlock/netlocktest"
 	"github.com/criu-netlock/criu-netlock/nft"
@@ -14,12 +15,18 @@ import (
 // Another process has what is held delivered. One that ends in the middle of it leaves
 // the lock as it was, but for what had come by then.
 func TestHolderIsAsked(t *testing.T) {
+	n := nft.New()
+	defer n.Wait()
+	for _, b := range []netlock.Backend{n, iptables.New(iptables.Auto)} {
+		t.Run(b.Name(), func(t *testing.T) { holderIsAsked(t, b) })
+	}
+}
+
+func holderIsAsked(t *testing.T, b netlock.Backend) {
 	p := netlocktest.NewPair(t)
 	dir := filepath.Join(t.TempDir(), "run")
 	holds, asks := &Holder{Stays: true, Dir: dir}, &Holder{Dir: dir}
 	defer holds.Holder.Close()
-	b := nft.New()
-	defer b.Wait()
 	ns := p.Inside.Netns()
 	// What IPv6 sends by itself is not to be counted.
 	o := netlock.Options{Mode: netlock.Hold, Holder: holds, Allow: []netlock.Rule{{Proto: "icmpv6"}}}

@@ -18,6 +18,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/criu-netlock/criu-netlock/iptables"
 	"github.com/criu-netlock/criu-netlock/netlock"
 	"github.com/criu-netlock/criu-netlock/netlock/hold"
 	"github.com/criu-netlock/criu-netlock/netlock/netlocktest"
@@ -25,7 +26,34 @@ import (
 	"github.com/criu-netlock/criu-netlock/nft/nfnl"
 )
 
-const helperPID = "HOLD_TEST_PID"
+const (
+	helperPID     = "HOLD_TEST_PID"
+	helperBackend = "HOLD_TEST_BACKEND"
+)
+
+// backends are all that can hold.
+func backends() map[string]func() netlock.Backend {
+	return map[string]func() netlock.Backend{
+		"nft":             func() netlock.Backend { return nft.New() },
+		"iptables-legacy": func() netlock.Backend { return iptables.New(iptables.Legacy) },
+		"iptables-nft":    func() netlock.Backend { return iptables.New(iptables.NFT) },
+	}
+}
+
+// bounds are a Holder's; 0 means the default.
+type bounds struct {
+	packets uint32
+	bytes   uint64
+}
+
+// each runs a test with every backend, in a pair of its own.
+func each(t *testing.T, h bounds, f func(t *testing.T, l *lab)) {
+	for name := range backends() {
+		t.Run(name, func(t *testing.T) {
+			f(t, newLab(t, name, &hold.Holder{Packets: h.packets, Bytes: h.bytes}))
+		})
+	}
+}
 
 // TestMain makes the test binary a holder, for the test that kills it.
 func TestMain(m *testing.M) {
@@ -40,7 +68,7 @@ func helper(pid int) int {
 	ns, err := netlock.FromPID(pid)
 	if err == nil {
 		var res netlock.Result
-		res, err = nft.New().Lock(context.Background(), ns, options(&hold.Holder{}))
+		res, err = backends()[os.Getenv(helperBackend)]().Lock(context.Background(), ns, options(&hold.Holder{}))
 		if err == nil && res.Mode != netlock.Hold {
 			err = res.NotHeld
 		}
@@ -58,17 +86,37 @@ func options(h netlock.Holder) netlock.Options {
 // lab is a pair, and a backend that locks its inside in mode hold.
 type lab struct {
 	*netlocktest.Pair
-	t *testing.T
-	b *nft.Backend
-	h *hold.Holder
-	o netlock.Options
+	netlocktest.Config
+	t       *testing.T
+	backend string
+	b       netlock.Backend
+	h       *hold.Holder
+	o       netlock.Options
 }
 
-func newLab(t *testing.T, h *hold.Holder) *lab {
-	l := &lab{Pair: netlocktest.NewPair(t), t: t, b: nft.New(), h: h}
+func newLab(t *testing.T, backend string, h *hold.Holder) *lab {
+	l := &lab{Pair: netlocktest.NewPair(t), t: t, backend: backend, b: backends()[backend](), h: h}
+	if variant, ok := strings.CutPrefix(backend, "iptables-"); ok {
+		l.Config = netlocktest.IPTables(t, variant, backends()[backend])
+	} else {
+		l.Config = netlocktest.NFT(t, backends()[backend])
+	}
 	l.o = options(h)
-	t.Cleanup(func() { h.Close(); l.b.Wait() })
+	t.Cleanup(func() {
+		h.Close()
+		if b, ok := l.b.(interface{ Wait() }); ok {
+			b.Wait()
+		}
+	})
 	return l
+}
+
+// rounds is how often something is repeated: with processes it takes longer.
+func (l *lab) rounds(n int) int {
+	if l.backend != "nft" {
+		n /= 5
+	}
+	return n
 }
 
 func (l *lab) lock() {
@@ -182,35 +230,36 @@ func (f *flow) nothing() {
 // What is held arrives whole and in order at the unlock, and nothing before; the
 // namespace is then as it was.
 func TestHold(t *testing.T) {
-	l := newLab(t, &hold.Holder{})
-	rules := func() string { return l.Inside.Run("", "nft", "list", "ruleset") }
-	for _, f := range []*flow{l.flow("udp4", netlocktest.InsideV4, 1<<20), l.flow("udp6", netlocktest.InsideV6, 1<<20)} {
-		f.send(3)
-		f.expect(1, 3)
-		l.lock()
-		st := l.state()
-		if !st.Locked || !st.Intact || st.Mode != netlock.Hold || !st.Queue.Bound {
-			t.Fatalf("locked: %+v", st)
+	each(t, bounds{}, func(t *testing.T, l *lab) {
+		before := l.Ruleset(l.Inside)
+		for _, f := range []*flow{l.flow("udp4", netlocktest.InsideV4, 1<<20), l.flow("udp6", netlocktest.InsideV6, 1<<20)} {
+			f.send(3)
+			f.expect(1, 3)
+			l.lock()
+			st := l.state()
+			if !st.Locked || !st.Intact || st.Mode != netlock.Hold || !st.Queue.Bound {
+				t.Fatalf("locked: %+v", st)
+			}
+			f.send(200)
+			l.waitHeld(200)
+			f.nothing()
+			if st := l.state(); st.Queue.Held != 200 || st.DroppedIn != 0 || st.Queue.Overflowed != 0 {
+				t.Errorf("with 200 held: %+v", st)
+			}
+			st = l.unlock()
+			if st.NotDelivered != nil || st.Queue.Delivered != 200 || st.Queue.Held+st.Queue.Lost+st.Queue.Overflowed != 0 {
+				t.Errorf("unlocked: %+v", st)
+			}
+			f.send(3)
+			f.expect(4, 206)
+			if after := l.Ruleset(l.Inside); after != before {
+				t.Errorf("the rules are now\n%s\nand were\n%s", after, before)
+			}
+			if q := l.queues(); q != "" {
+				t.Errorf("left behind: queue %s", q)
+			}
 		}
-		f.send(200)
-		l.waitHeld(200)
-		f.nothing()
-		if st := l.state(); st.Queue.Held != 200 || st.DroppedIn != 0 || st.Queue.Overflowed != 0 {
-			t.Errorf("with 200 held: %+v", st)
-		}
-		st = l.unlock()
-		if st.NotDelivered != nil || st.Queue.Delivered != 200 || st.Queue.Held+st.Queue.Lost+st.Queue.Overflowed != 0 {
-			t.Errorf("unlocked: %+v", st)
-		}
-		f.send(3)
-		f.expect(4, 206)
-		if left := rules(); left != "" {
-			t.Errorf("left behind:\n%s", left)
-		}
-		if q := l.queues(); q != "" {
-			t.Errorf("left behind: queue %s", q)
-		}
-	}
+	})
 }
 
 // queues are those of the namespace, once the closes that run on are over.
@@ -299,56 +348,57 @@ func (f *flow) flood() (end func() (sent, late uint64)) {
 // nothing that was held overtakes anything. What comes at the very moment of the unlock
 // may overtake the last few that were held.
 func TestFlood(t *testing.T) {
-	l := newLab(t, &hold.Holder{Packets: 65_000, Bytes: 1 << 30})
-	end := l.flow("udp4", netlocktest.InsideV4, 512<<20).flood()
-	const rounds = 50
-	delivered := uint64(0)
-	for range rounds {
-		l.lock()
-		l.waitHeld(l.state().Queue.Held + 50)
-		st := l.unlock()
-		if st.NotDelivered != nil || st.Queue.Overflowed+st.Queue.Lost != 0 {
-			t.Fatalf("%+v", st)
+	each(t, bounds{packets: 65_000, bytes: 1 << 30}, func(t *testing.T, l *lab) {
+		end := l.flow("udp4", netlocktest.InsideV4, 512<<20).flood()
+		rounds := l.rounds(50)
+		delivered := uint64(0)
+		for range rounds {
+			l.lock()
+			l.waitHeld(l.state().Queue.Held + 50)
+			st := l.unlock()
+			if st.NotDelivered != nil || st.Queue.Overflowed+st.Queue.Lost != 0 {
+				t.Fatalf("%+v", st)
+			}
+			delivered += st.Queue.Delivered
 		}
-		delivered += st.Queue.Delivered
-	}
-	sent, late := end()
-	t.Logf("%d sent, %d of them held, %d out of turn", sent, delivered, late)
+		sent, late := end()
+		t.Logf("%d sent, %d of them held, %d out of turn", sent, delivered, late)
+	})
 }
 
 // A stream with gaps of a millisecond arrives whole and in order.
 func TestStream(t *testing.T) {
-	l := newLab(t, &hold.Holder{})
-	f := l.flow("udp4", netlocktest.InsideV4, 64<<20)
-	stop, stopped := make(chan struct{}), make(chan struct{})
-	go func() {
-		defer close(stopped)
-		for {
-			select {
-			case <-stop:
-				return
-			case <-time.After(time.Millisecond): // never two at once, as a ticker has them
-				f.next++
-				_, _ = f.out.Write(binary.BigEndian.AppendUint64(nil, f.next))
+	each(t, bounds{}, func(t *testing.T, l *lab) {
+		f := l.flow("udp4", netlocktest.InsideV4, 64<<20)
+		stop, stopped := make(chan struct{}), make(chan struct{})
+		go func() {
+			defer close(stopped)
+			for {
+				select {
+				case <-stop:
+					return
+				case <-time.After(time.Millisecond): // never two at once, as a ticker has them
+					f.next++
+					_, _ = f.out.Write(binary.BigEndian.AppendUint64(nil, f.next))
+				}
+			}
+		}()
+		for range 20 {
+			l.lock()
+			l.waitHeld(l.state().Queue.Held + 10)
+			if st := l.unlock(); st.NotDelivered != nil || st.Queue.Delivered < 10 {
+				t.Fatalf("%+v", st)
 			}
 		}
-	}()
-	for range 20 {
-		l.lock()
-		l.waitHeld(l.state().Queue.Held + 10)
-		if st := l.unlock(); st.NotDelivered != nil || st.Queue.Delivered < 10 {
-			t.Fatalf("%+v", st)
-		}
-	}
-	close(stop)
-	<-stopped
-	f.expect(1, f.next)
+		close(stop)
+		<-stopped
+		f.expect(1, f.next)
+	})
 }
 
 // Beyond its bounds the queue drops what comes; what it holds it delivers.
 func TestBounds(t *testing.T) {
-	t.Run("packets", func(t *testing.T) {
-		l := newLab(t, &hold.Holder{Packets: 50})
+	each(t, bounds{packets: 50}, func(t *testing.T, l *lab) {
 		f := l.flow("udp4", netlocktest.InsideV4, 1<<20)
 		l.lock()
 		f.send(120)
@@ -363,7 +413,7 @@ func TestBounds(t *testing.T) {
 	})
 	t.Run("bytes", func(t *testing.T) {
 		const bound, size = 100_000, 1000
-		l := newLab(t, &hold.Holder{Bytes: bound})
+		l := newLab(t, "nft", &hold.Holder{Bytes: bound})
 		f := l.flow("udp4", netlocktest.InsideV4, 1<<20)
 		l.lock()
 		// Each has 28 bytes of headers; the holder notices a moment later than the kernel.
@@ -402,105 +452,113 @@ func (l *lab) expectGone(f *flow) {
 }
 
 func TestHolderGone(t *testing.T) {
-	l := newLab(t, &hold.Holder{})
-	f := l.flow("udp4", netlocktest.InsideV4, 1<<20)
-	l.lock()
-	f.send(10)
-	l.waitHeld(10)
-	l.h.Drop(l.Inside.Netns())
-	l.expectGone(f)
+	each(t, bounds{}, func(t *testing.T, l *lab) {
+		f := l.flow("udp4", netlocktest.InsideV4, 1<<20)
+		l.lock()
+		f.send(10)
+		l.waitHeld(10)
+		l.h.Drop(l.Inside.Netns())
+		l.expectGone(f)
+	})
 }
 
 func TestHolderKilled(t *testing.T) {
-	l := newLab(t, &hold.Holder{})
-	f := l.flow("udp4", netlocktest.InsideV4, 1<<20)
-	c := exec.Command(os.Args[0])
-	c.Env = append(os.Environ(), helperPID+"="+strconv.Itoa(l.Inside.PID()))
-	stdin, err := c.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer stdin.Close()
-	out, err := c.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := c.Start(); err != nil {
-		t.Fatal(err)
-	}
-	defer c.Wait()
-	if line, _ := bufio.NewReader(out).ReadString('\n'); line != "<nil>\n" {
-		t.Fatalf("the holder says %q", line)
-	}
-	f.send(10)
-	l.waitHeld(10)
-	if err := c.Process.Kill(); err != nil {
-		t.Fatal(err)
-	}
-	_ = c.Wait()
-	l.expectGone(f)
+	each(t, bounds{}, func(t *testing.T, l *lab) {
+		f := l.flow("udp4", netlocktest.InsideV4, 1<<20)
+		c := exec.Command(os.Args[0])
+		c.Env = append(os.Environ(), helperPID+"="+strconv.Itoa(l.Inside.PID()), helperBackend+"="+l.backend)
+		stdin, err := c.StdinPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer stdin.Close()
+		out, err := c.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := c.Start(); err != nil {
+			t.Fatal(err)
+		}
+		defer c.Wait()
+		if line, _ := bufio.NewReader(out).ReadString('\n'); line != "<nil>\n" {
+			t.Fatalf("the holder says %q", line)
+		}
+		f.send(10)
+		l.waitHeld(10)
+		if err := c.Process.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		_ = c.Wait()
+		l.expectGone(f)
+	})
 }
 
 // Somebody else's queue, and what is in it, are not touched.
 func TestOtherQueue(t *testing.T) {
-	l := newLab(t, &hold.Holder{})
-	f := l.flow("udp4", netlocktest.InsideV4, 1<<20)
-	var theirs *nfnl.Queue
-	err := l.Inside.Do(func() (err error) {
-		theirs, err = nfnl.BindQueue(t.Context(), 0xC114, 100)
-		return err
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer theirs.Close()
-	l.Inside.Run("", "iptables-legacy", "-I", "INPUT", "-p", "udp", "--dport", strconv.Itoa(port), "-j", "NFQUEUE", "--queue-num", strconv.Itoa(0xC114))
-	stat := func() (st nfnl.QueueStat) {
-		_ = l.Inside.Do(func() (err error) {
-			st, _, err = nfnl.ReadQueue(0xC114)
+	each(t, bounds{}, func(t *testing.T, l *lab) {
+		f := l.flow("udp4", netlocktest.InsideV4, 1<<20)
+		var theirs *nfnl.Queue
+		err := l.Inside.Do(func() (err error) {
+			theirs, err = nfnl.BindQueue(t.Context(), 0xC114, 100)
 			return err
 		})
-		return st
-	}
-	l.lock()
-	f.send(10)
-	l.waitHeld(10)
-	if st := l.state(); st.Queue.Number == 0xC114 || stat().Held != 0 {
-		t.Errorf("locked: %+v; their queue: %+v", st, stat())
-	}
-	if st := l.unlock(); st.Queue.Delivered != 10 {
-		t.Errorf("unlocked: %+v", st)
-	}
-	// Ours are now theirs: the unlock has removed base chains, but theirs came to the queue
-	// before, and is dropped by the kernel with them. What comes from now on is theirs.
-	f.nothing()
-	f.send(5)
-	if st := stat(); st.Held != 5 {
-		t.Errorf("their queue: %+v", st)
-	}
-	_, _, last := theirs.Seen()
-	if err := theirs.Accept(last, 0); err != nil {
-		t.Fatal(err)
-	}
-	f.expect(11, 15)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer theirs.Close()
+		l.Inside.Run("", "iptables-legacy", "-I", "INPUT", "-p", "udp", "--dport", strconv.Itoa(port), "-j", "NFQUEUE", "--queue-num", strconv.Itoa(0xC114))
+		stat := func() (st nfnl.QueueStat) {
+			_ = l.Inside.Do(func() (err error) {
+				st, _, err = nfnl.ReadQueue(0xC114)
+				return err
+			})
+			return st
+		}
+		l.lock()
+		f.send(10)
+		l.waitHeld(10)
+		if st := l.state(); st.Queue.Number == 0xC114 || stat().Held != 0 {
+			t.Errorf("locked: %+v; their queue: %+v", st, stat())
+		}
+		if st := l.unlock(); st.Queue.Delivered != 10 {
+			t.Errorf("unlocked: %+v", st)
+		}
+		// Ours are now theirs. Where the unlock removes base chains the kernel drops what is in their
+		// queue with these. What comes from now on is theirs.
+		f.nothing()
+		f.send(5)
+		first := uint64(1)
+		if l.backend == "nft" {
+			first = 11
+		}
+		if st := stat(); st.Held != 16-first {
+			t.Errorf("their queue: %+v", st)
+		}
+		_, _, last := theirs.Seen()
+		if err := theirs.Accept(last, 0); err != nil {
+			t.Fatal(err)
+		}
+		f.expect(first, 15)
+	})
 }
 
 // A base chain of somebody else's that is removed takes what is held along, and the
 // unlock says so.
 func TestBaseChainRemoved(t *testing.T) {
-	l := newLab(t, &hold.Holder{})
-	f := l.flow("udp4", netlocktest.InsideV4, 1<<20)
-	l.Inside.Run("table ip theirs { chain c { type filter hook postrouting priority 0; }; }\n", "nft", "-f", "-")
-	l.lock()
-	f.send(10)
-	l.waitHeld(10)
-	l.Inside.Run("", "nft", "delete", "table", "ip", "theirs")
-	f.send(5)
-	l.waitHeld(5)
-	if st := l.unlock(); st.Queue.Lost != 10 || st.Queue.Delivered != 5 {
-		t.Errorf("unlocked: %+v", st)
-	}
-	f.expect(11, 15)
+	each(t, bounds{}, func(t *testing.T, l *lab) {
+		f := l.flow("udp4", netlocktest.InsideV4, 1<<20)
+		l.Inside.Run("table ip theirs { chain c { type filter hook postrouting priority 0; }; }\n", "nft", "-f", "-")
+		l.lock()
+		f.send(10)
+		l.waitHeld(10)
+		l.Inside.Run("", "nft", "delete", "table", "ip", "theirs")
+		f.send(5)
+		l.waitHeld(5)
+		if st := l.unlock(); st.Queue.Lost != 10 || st.Queue.Delivered != 5 {
+			t.Errorf("unlocked: %+v", st)
+		}
+		f.expect(11, 15)
+	})
 }
 
 // Beside CRIU's own lock what is delivered has CRIU's mark; without it, no mark.
@@ -513,23 +571,24 @@ func TestMark(t *testing.T) {
 		"iptables-nft":    {"sh", "-c", "iptables-nft -N CRIU && iptables-nft -I INPUT -j CRIU && iptables-nft -A CRIU -m mark --mark 0xc114 -j ACCEPT && iptables-nft -A CRIU -j DROP"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			l := newLab(t, &hold.Holder{})
-			f := l.flow("udp4", netlocktest.InsideV4, 1<<20)
-			l.Inside.Run(seen, "nft", "-f", "-")
-			if theirs != nil {
-				l.Inside.Run("", theirs[0], theirs[1:]...)
-			}
-			l.lock()
-			f.send(10)
-			l.waitHeld(10)
-			if st := l.unlock(); st.Queue.Delivered != 10 {
-				t.Errorf("unlocked: %+v", st)
-			}
-			f.expect(1, 10)
-			marked := strings.Contains(l.Inside.Run("", "nft", "list", "table", "inet", "seen"), "packets 10 ")
-			if marked != (theirs != nil) {
-				t.Errorf("what was delivered has CRIU's mark: %v", marked)
-			}
+			each(t, bounds{}, func(t *testing.T, l *lab) {
+				f := l.flow("udp4", netlocktest.InsideV4, 1<<20)
+				l.Inside.Run(seen, "nft", "-f", "-")
+				if theirs != nil {
+					l.Inside.Run("", theirs[0], theirs[1:]...)
+				}
+				l.lock()
+				f.send(10)
+				l.waitHeld(10)
+				if st := l.unlock(); st.Queue.Delivered != 10 {
+					t.Errorf("unlocked: %+v", st)
+				}
+				f.expect(1, 10)
+				marked := strings.Contains(l.Inside.Run("", "nft", "list", "table", "inet", "seen"), "packets 10 ")
+				if marked != (theirs != nil) {
+					t.Errorf("what was delivered has CRIU's mark: %v", marked)
+				}
+			})
 		})
 	}
 }
@@ -538,169 +597,173 @@ func TestMark(t *testing.T) {
 // that is there goes on then, not after the retransmission's time-out. No peer has to
 // send anything twice.
 func TestTCP(t *testing.T) {
-	l := newLab(t, &hold.Holder{})
-	addr := net.JoinHostPort(netlocktest.InsideV4, strconv.Itoa(port))
-	var listener net.Listener
-	err := l.Inside.Do(func() (err error) {
-		var c net.ListenConfig
-		c.SetMultipathTCP(false)
-		listener, err = c.Listen(t.Context(), "tcp", addr)
-		return err
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer listener.Close()
-	go func() {
-		for {
-			c, err := listener.Accept()
-			if err != nil {
-				return
-			}
-			go func() { defer c.Close(); _, _ = io.Copy(c, c) }()
-		}
-	}()
-	dial := func() (c net.Conn, err error) {
-		err = l.Peer.Do(func() error {
-			c, err = net.DialTimeout("tcp", addr, 10*time.Second)
+	each(t, bounds{}, func(t *testing.T, l *lab) {
+		addr := net.JoinHostPort(netlocktest.InsideV4, strconv.Itoa(port))
+		var listener net.Listener
+		err := l.Inside.Do(func() (err error) {
+			var c net.ListenConfig
+			c.SetMultipathTCP(false)
+			listener, err = c.Listen(t.Context(), "tcp", addr)
 			return err
 		})
-		return c, err
-	}
-	old, err := dial()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer old.Close()
-	answer := func(c net.Conn) error {
-		if _, err := c.Write([]byte("x")); err != nil {
-			return err
-		}
-		_ = c.SetReadDeadline(time.Now().Add(10 * time.Second))
-		_, err := io.ReadFull(c, make([]byte, 1))
-		return err
-	}
-	if err := answer(old); err != nil {
-		t.Fatal(err)
-	}
-	l.lock()
-	type result struct {
-		c   net.Conn
-		err error
-		at  time.Time
-	}
-	fresh, goneOn := make(chan result, 1), make(chan result, 1)
-	go func() {
-		c, err := dial()
-		fresh <- result{c, err, time.Now()}
-	}()
-	go func() {
-		err := answer(old)
-		goneOn <- result{old, err, time.Now()}
-	}()
-	l.waitHeld(2)
-	start := time.Now()
-	if st := l.unlock(); st.Queue.Delivered < 2 {
-		t.Errorf("unlocked: %+v", st)
-	}
-	for name, ch := range map[string]chan result{"a new connection": fresh, "the old connection": goneOn} {
-		r := <-ch
-		if r.err != nil {
-			t.Fatalf("%s: %v", name, r.err)
-		}
-		defer r.c.Close()
-		raw, err := r.c.(*net.TCPConn).SyscallConn()
 		if err != nil {
 			t.Fatal(err)
 		}
-		var info *unix.TCPInfo
-		if e := raw.Control(func(fd uintptr) { info, err = unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO) }); err != nil || e != nil {
-			t.Fatal(err, e)
+		defer listener.Close()
+		go func() {
+			for {
+				c, err := listener.Accept()
+				if err != nil {
+					return
+				}
+				go func() { defer c.Close(); _, _ = io.Copy(c, c) }()
+			}
+		}()
+		dial := func() (c net.Conn, err error) {
+			err = l.Peer.Do(func() error {
+				c, err = net.DialTimeout("tcp", addr, 10*time.Second)
+				return err
+			})
+			return c, err
 		}
-		t.Logf("%s: %v after the unlock began, %d segments sent twice", name, r.at.Sub(start), info.Total_retrans)
-		if info.Total_retrans != 0 {
-			t.Errorf("%s sent %d segments twice", name, info.Total_retrans)
+		old, err := dial()
+		if err != nil {
+			t.Fatal(err)
 		}
-	}
+		defer old.Close()
+		answer := func(c net.Conn) error {
+			if _, err := c.Write([]byte("x")); err != nil {
+				return err
+			}
+			_ = c.SetReadDeadline(time.Now().Add(10 * time.Second))
+			_, err := io.ReadFull(c, make([]byte, 1))
+			return err
+		}
+		if err := answer(old); err != nil {
+			t.Fatal(err)
+		}
+		l.lock()
+		type result struct {
+			c   net.Conn
+			err error
+			at  time.Time
+		}
+		fresh, goneOn := make(chan result, 1), make(chan result, 1)
+		go func() {
+			c, err := dial()
+			fresh <- result{c, err, time.Now()}
+		}()
+		go func() {
+			err := answer(old)
+			goneOn <- result{old, err, time.Now()}
+		}()
+		l.waitHeld(2)
+		start := time.Now()
+		if st := l.unlock(); st.Queue.Delivered < 2 {
+			t.Errorf("unlocked: %+v", st)
+		}
+		for name, ch := range map[string]chan result{"a new connection": fresh, "the old connection": goneOn} {
+			r := <-ch
+			if r.err != nil {
+				t.Fatalf("%s: %v", name, r.err)
+			}
+			defer r.c.Close()
+			raw, err := r.c.(*net.TCPConn).SyscallConn()
+			if err != nil {
+				t.Fatal(err)
+			}
+			var info *unix.TCPInfo
+			if e := raw.Control(func(fd uintptr) { info, err = unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO) }); err != nil || e != nil {
+				t.Fatal(err, e)
+			}
+			t.Logf("%s: %v after the unlock began, %d segments sent twice", name, r.at.Sub(start), info.Total_retrans)
+			if info.Total_retrans != 0 {
+				t.Errorf("%s sent %d segments twice", name, info.Total_retrans)
+			}
+		}
+	})
 }
 
 // One lock becomes another of the other mode without a gap, and with the Holder gone
 // from it the queue is given up.
 func TestModes(t *testing.T) {
-	l := newLab(t, &hold.Holder{})
-	end := l.flow("udp4", netlocktest.InsideV4, 512<<20)
-	drop := l.o
-	drop.Mode, drop.Holder = netlock.Drop, nil
-	lock := func(o netlock.Options, want netlock.Mode, already bool) {
-		t.Helper()
-		res, err := l.b.Lock(t.Context(), l.Inside.Netns(), o)
-		if err != nil || res.Mode != want || res.Already != already {
-			t.Fatalf("%+v, %v; want mode %s, already %v", res, err, want, already)
+	each(t, bounds{}, func(t *testing.T, l *lab) {
+		end := l.flow("udp4", netlocktest.InsideV4, 512<<20)
+		drop := l.o
+		drop.Mode, drop.Holder = netlock.Drop, nil
+		lock := func(o netlock.Options, want netlock.Mode, already bool) {
+			t.Helper()
+			res, err := l.b.Lock(t.Context(), l.Inside.Netns(), o)
+			if err != nil || res.Mode != want || res.Already != already {
+				t.Fatalf("%+v, %v; want mode %s, already %v", res, err, want, already)
+			}
+			st := l.state()
+			if st.Mode != want || !st.Intact {
+				t.Fatalf("%+v; want mode %s", st, want)
+			}
 		}
-		st := l.state()
-		if st.Mode != want || !st.Intact {
-			t.Fatalf("%+v; want mode %s", st, want)
+		without := l.o
+		without.Holder = nil
+		for range l.rounds(20) {
+			lock(drop, netlock.Drop, false)
+			lock(without, netlock.Drop, true)
+			lock(l.o, netlock.Hold, false)
+			lock(without, netlock.Hold, true)
+			lock(l.o, netlock.Hold, true)
+			end.send(3)
+			lock(drop, netlock.Drop, false)
+			l.h.Drop(l.Inside.Netns())
+			lock(without, netlock.Drop, true)
+			if st := l.unlock(); !st.Intact || st.Mode != netlock.Drop {
+				t.Fatalf("%+v", st)
+			}
 		}
-	}
-	without := l.o
-	without.Holder = nil
-	for range 20 {
-		lock(drop, netlock.Drop, false)
-		lock(without, netlock.Drop, true)
-		lock(l.o, netlock.Hold, false)
-		lock(without, netlock.Hold, true)
-		lock(l.o, netlock.Hold, true)
-		end.send(3)
-		lock(drop, netlock.Drop, false)
-		l.h.Drop(l.Inside.Netns())
-		lock(without, netlock.Drop, true)
-		if st := l.unlock(); !st.Intact || st.Mode != netlock.Drop {
-			t.Fatalf("%+v", st)
-		}
-	}
-	end.nothing()
-	end.send(1)
-	end.expect(end.next, end.next)
+		end.nothing()
+		end.send(1)
+		end.expect(end.next, end.next)
+	})
 }
 
 // The queue dies with its namespace even while it holds.
 func TestNamespaceGone(t *testing.T) {
-	l := newLab(t, &hold.Holder{})
-	f := l.flow("udp4", netlocktest.InsideV4, 1<<20)
-	l.lock()
-	f.send(100)
-	l.waitHeld(100)
-	l.Inside.Run("", "ip", "link", "delete", "peer")
-	// The kernel drops what has come in by a device that is gone.
-	if err := netlocktest.Until(func() (bool, error) { return l.state().Queue.Held == 0, nil }); err != nil {
-		t.Errorf("%+v: %v", l.state(), err)
-	}
-	if st := l.unlock(); st.Queue.Lost < 100 || st.Queue.Delivered != 0 {
-		t.Errorf("%+v", st)
-	}
+	each(t, bounds{}, func(t *testing.T, l *lab) {
+		f := l.flow("udp4", netlocktest.InsideV4, 1<<20)
+		l.lock()
+		f.send(100)
+		l.waitHeld(100)
+		l.Inside.Run("", "ip", "link", "delete", "peer")
+		// The kernel drops what has come in by a device that is gone.
+		if err := netlocktest.Until(func() (bool, error) { return l.state().Queue.Held == 0, nil }); err != nil {
+			t.Errorf("%+v: %v", l.state(), err)
+		}
+		if st := l.unlock(); st.Queue.Lost < 100 || st.Queue.Delivered != 0 {
+			t.Errorf("%+v", st)
+		}
+	})
 }
 
 // What 50,000 held packets cost.
 func TestMany(t *testing.T) {
 	const n = 50_000
-	l := newLab(t, &hold.Holder{Packets: n, Bytes: 1 << 30})
-	f := l.flow("udp4", netlocktest.InsideV4, 512<<20)
-	l.lock()
-	before := slab(t)
-	f.send(n)
-	l.waitHeld(n)
-	used := slab(t) - before
-	start := time.Now()
-	st := l.unlock()
-	took := time.Since(start)
-	if st.Queue.Delivered != n || st.Queue.Overflowed != 0 {
-		t.Errorf("unlocked: %+v", st)
-	}
-	f.expect(1, n)
-	t.Logf("%d held: %d bytes of memory each, delivered in %v", n, used/n, took)
-	if used > n*8192 || took > 2*time.Second {
-		t.Errorf("%d bytes of memory, %v", used, took)
-	}
+	each(t, bounds{packets: n, bytes: 1 << 30}, func(t *testing.T, l *lab) {
+		f := l.flow("udp4", netlocktest.InsideV4, 512<<20)
+		l.lock()
+		before := slab(t)
+		f.send(n)
+		l.waitHeld(n)
+		used := slab(t) - before
+		start := time.Now()
+		st := l.unlock()
+		took := time.Since(start)
+		if st.Queue.Delivered != n || st.Queue.Overflowed != 0 {
+			t.Errorf("unlocked: %+v", st)
+		}
+		f.expect(1, n)
+		t.Logf("%d held: %d bytes of memory each, delivered in %v", n, used/n, took)
+		if used > n*8192 || took > 2*time.Second {
+			t.Errorf("%d bytes of memory, %v", used, took)
+		}
+	})
 }
 
 // slab is what the kernel of this machine has taken for itself, in bytes.
