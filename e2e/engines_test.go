@@ -156,14 +156,7 @@ func (e engine) test(t *testing.T, flags ...string) {
 // run is a container with live connections.
 func (e engine) run(t *testing.T, l *lab, n *testbed.Net) *run {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 40*time.Second)
-	t.Cleanup(cancel)
-	f := &fixture{t: t, ctx: ctx, l: l, net: n, skip: true}
-	_, id, _ := strings.Cut(t.Name(), "/")
-	f.e = e.make(testbed.Container{S: l.Session, Net: n, Hooks: l.hooks, Argv: []string{workloadPath},
-		ID: strings.Trim(idBad.ReplaceAllString(strings.ToLower(id), "-"), "-")})
-	f.start(func(context.Context) error { return nil })
-	r := &run{fixture: f, renewed: e.renewed}
+	r := &run{fixture: e.fixture(t, l, n), renewed: e.renewed}
 	r.begin()
 	if e.sibling {
 		// It waits while the other is away, and loses nothing.
@@ -171,6 +164,19 @@ func (e engine) run(t *testing.T, l *lab, n *testbed.Net) *run {
 		r.flows("before, with the sibling")
 	}
 	return r
+}
+
+// fixture is a container that runs the workload.
+func (e engine) fixture(t *testing.T, l *lab, n *testbed.Net, args ...string) *fixture {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 40*time.Second)
+	t.Cleanup(cancel)
+	f := &fixture{t: t, ctx: ctx, l: l, net: n, skip: true}
+	_, id, _ := strings.Cut(t.Name(), "/")
+	f.e = e.make(testbed.Container{S: l.Session, Net: n, Hooks: l.hooks, Argv: append([]string{workloadPath}, args...),
+		ID: strings.Trim(idBad.ReplaceAllString(strings.ToLower(id), "-"), "-")})
+	f.start(func(context.Context) error { return nil })
+	return f
 }
 
 // CRIU's client under podman, runc, is killed at a hook.

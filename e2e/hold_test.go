@@ -3,6 +3,8 @@ package e2e
 import (
 	"fmt"
 	"os"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -26,8 +28,14 @@ func newHolding(t *testing.T, lock, mode string, scripts ...string) *holding {
 
 func newHoldingOf(t *testing.T, engine, lock, mode string, scripts ...string) *holding {
 	t.Helper()
-	h := &holding{fixture: beginWith(t, engine, lock, []string{workloadPath, "numbers"}, scripts...)}
-	h.configure(mode)
+	return holdingOn(beginWith(t, engine, lock, []string{workloadPath, "numbers"}, scripts...), mode)
+}
+
+func holdingOn(f *fixture, mode string) *holding {
+	t := f.t
+	t.Helper()
+	h := &holding{fixture: f}
+	h.configure("mode = \"" + mode + "\"\n")
 	if r, ok := h.e.(*testbed.Runc); ok {
 		r.Options = []string{"skip-in-flight"} // connections that the frozen server has not accepted
 	}
@@ -40,10 +48,10 @@ func newHoldingOf(t *testing.T, engine, lock, mode string, scripts ...string) *h
 	return h
 }
 
-func (h *holding) configure(mode string) {
+func (h *holding) configure(text string) {
 	h.t.Helper()
 	file := h.l.Path(config.DefaultPath)
-	if err := os.WriteFile(file, []byte("mode = \""+mode+"\"\n"), 0o644); err != nil {
+	if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
 		h.t.Fatal(err)
 	}
 	h.t.Cleanup(func() { os.Remove(file) })
@@ -148,6 +156,20 @@ func TestHoldNumbers(t *testing.T) {
 
 func holdNumbers(t *testing.T, lock string, dumps int) {
 	h := newHolding(t, lock, "hold", oursPath)
+	h.stream(dumps)
+	if lock == "skip" {
+		h.whole(fmt.Sprintf("after %d dumps", dumps))
+	} else if n, err := h.Count(); err != nil || n.Late+n.Twice != 0 || n.Came < h.Sent*3/4 {
+		// CRIU's own lock comes off after ours, and drops what comes in between.
+		t.Errorf("after %d dumps: of %d datagrams %d came, %d late, %d twice; %v", dumps, h.Sent, n.Came, n.Late, n.Twice, err)
+	}
+	t.Logf("%d datagrams", h.Sent)
+}
+
+// stream sends numbered datagrams, one every millisecond, through dumps after which the tasks
+// run on.
+func (h *holding) stream(dumps int) {
+	h.t.Helper()
 	stop, stopped := make(chan struct{}), make(chan error, 1)
 	go func() {
 		for {
@@ -165,20 +187,13 @@ func holdNumbers(t *testing.T, lock string, dumps int) {
 	}()
 	for range dumps {
 		if err := h.e.Dump(h.ctx, true); err != nil {
-			t.Fatal(err)
+			h.t.Fatal(err)
 		}
 	}
 	close(stop)
 	if err := <-stopped; err != nil {
-		t.Fatal(err)
+		h.t.Fatal(err)
 	}
-	if lock == "skip" {
-		h.whole(fmt.Sprintf("after %d dumps", dumps))
-	} else if n, err := h.Count(); err != nil || n.Late+n.Twice != 0 || n.Came < h.Sent*3/4 {
-		// CRIU's own lock comes off after ours, and drops what comes in between.
-		t.Errorf("after %d dumps: of %d datagrams %d came, %d late, %d twice; %v", dumps, h.Sent, n.Came, n.Late, n.Twice, err)
-	}
-	t.Logf("%d datagrams", h.Sent)
 }
 
 // What is sent to a container while it is restored reaches the restored socket. Of a dump
@@ -213,13 +228,7 @@ func TestHoldRestore(t *testing.T) {
 			}); err != nil {
 				t.Fatal(err)
 			}
-			h.l.hooks.Handle(func(hook testbed.Hook) error {
-				switch hook.Action {
-				case "setup-namespaces", "post-setup-namespaces", "post-restore":
-					return h.Send(50)
-				}
-				return nil
-			})
+			h.sendAt(holds...)
 			if err := h.e.Restore(h.ctx); err != nil {
 				t.Fatal(err)
 			}
@@ -230,6 +239,89 @@ func TestHoldRestore(t *testing.T) {
 			}
 		})
 	}
+}
+
+// sendAt sends at hooks of a restore.
+func (h *holding) sendAt(hooks ...string) {
+	h.l.hooks.Handle(func(hook testbed.Hook) error {
+		if !slices.Contains(hooks, hook.Action) {
+			return nil
+		}
+		// The kernel sees a new link's carrier a while after CRIU has made it.
+		err := testbed.Poll(h.ctx, func() error {
+			out, err := h.l.RunIn(h.ctx, fmt.Sprintf("/proc/%s/ns/net", hook.PID), "ip", "link", "show", "up")
+			if err == nil && !strings.Contains(out, "BROADCAST,MULTICAST,UP,LOWER_UP") {
+				err = fmt.Errorf("no carrier:\n%s", out)
+			}
+			return err
+		})
+		if err != nil {
+			return err
+		}
+		return h.Send(50)
+	})
+}
+
+// holds are the hooks at which a restored namespace that is there already holds.
+var holds = []string{"setup-namespaces", "post-setup-namespaces", "post-restore"}
+
+// The same through the engines that people use: what is sent meanwhile reaches the sockets.
+func TestHoldEngines(t *testing.T) {
+	for _, e := range engines {
+		if e.name != "lxc" && e.name != "podman" {
+			continue
+		}
+		t.Run(e.name, func(t *testing.T) {
+			l, n := openEngine(t, e.setup, e.start)
+			h := holdingOn(e.fixture(t, l, n, "numbers"), "hold")
+			if e.name == "podman" { // what LXC dumps has the rules in it
+				h.stream(3)
+				h.whole("after 3 dumps")
+			} else if err := h.Send(10); err != nil {
+				t.Fatal(err)
+			}
+			if err := h.e.Dump(h.ctx, false); err != nil {
+				t.Fatal(err)
+			}
+			at := holds
+			if h.own() { // until its contents are there, nothing can reach it
+				at = []string{"post-restore"}
+			}
+			h.sendAt(at...)
+			if err := h.e.Restore(h.ctx); err != nil {
+				t.Fatal(err)
+			}
+			h.whole("after the restore")
+			// IPv6 sends something by itself.
+			var delivered int
+			log, err := h.e.Log()
+			if _, text, ok := strings.Cut(log, "mode=hold delivered="); ok {
+				_, err = fmt.Sscan(text, &delivered)
+			}
+			if err != nil || delivered < 50*len(at) {
+				t.Errorf("CRIU's log of the restore, %v:\n%s", err, ofInterest(log))
+			}
+		})
+	}
+}
+
+// The same by the other backend.
+func TestHoldIPTables(t *testing.T) {
+	h := newHolding(t, "skip", "hold", oursPath, relayPath)
+	h.configure("mode = \"hold\"\nbackend = \"iptables\"\n")
+	h.stream(3)
+	h.whole("after 3 dumps")
+	if log, err := h.e.Log(); err != nil || !strings.Contains(log, "backend=iptables-legacy") || !strings.Contains(log, "mode=hold") {
+		t.Errorf("CRIU's log of a dump, %v:\n%s", err, ofInterest(log))
+	}
+	if err := h.e.Dump(h.ctx, false); err != nil {
+		t.Fatal(err)
+	}
+	h.sendAt(holds...)
+	if err := h.e.Restore(h.ctx); err != nil {
+		t.Fatal(err)
+	}
+	h.whole("after the restore")
 }
 
 // Plain CRIU puts the rules of a namespace into the image. What nft prints of our queue
@@ -249,23 +341,7 @@ func TestHoldImage(t *testing.T) {
 	if err != nil || held == strings.Contains(log, "no nft_queue") {
 		t.Errorf("CRIU's log of the dump, %v:\n%s", err, ofInterest(log))
 	}
-	h.l.hooks.Handle(func(hook testbed.Hook) error {
-		if hook.Action != "post-restore" {
-			return nil
-		}
-		// The kernel sees the new link's carrier a while after CRIU has made it.
-		err := testbed.Poll(h.ctx, func() error {
-			out, err := h.l.RunIn(h.ctx, fmt.Sprintf("/proc/%s/ns/net", hook.PID), "ip", "link", "show", "up")
-			if err == nil && !strings.Contains(out, "BROADCAST,MULTICAST,UP,LOWER_UP") {
-				err = fmt.Errorf("no carrier:\n%s", out)
-			}
-			return err
-		})
-		if err != nil {
-			return err
-		}
-		return h.Send(50)
-	})
+	h.sendAt("post-restore")
 	if err := h.e.Restore(h.ctx); err != nil {
 		t.Fatal(err)
 	}
