@@ -121,7 +121,7 @@ func TestLockNoted(t *testing.T) {
 	defer cancel()
 	b := New()
 	defer b.Wait()
-	for i, come := range []string{"", "table ip criu-netlock { }", "table inet criu-netlock { chain ingress { } }"} {
+	for i, come := range []string{"", "table ip criu-netlock { }", "table inet criu-netlock { chain ingress { }; }"} {
 		n := netlocktest.NewNS(t)
 		if st, err := b.State(ctx, n.Netns(), netlock.Options{}); err != nil || st.Found {
 			t.Fatalf("%+v, %v", st, err)
