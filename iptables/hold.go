@@ -53,21 +53,22 @@ func lastSpec(chain string, q queue, comment string) string {
 }
 
 // passInput lets the namespace send, and what bears CRIU's mark come in: the rest waits
-// in the queue. Unless that is to keep it, the mark is taken off.
-func (t table) passInput(v6 bool, lo string, allow []netlock.Rule, q queue, keep bool) string {
+// in the queue. Unless that is to keep it, the mark is taken off. The comment stays, for whoever
+// finds this after we were killed.
+func (t table) passInput(v6 bool, lo string, allow []netlock.Rule, q queue, keep bool, comment string) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "*%s\n:%s - [0:0]\n:%s - [0:0]\n", t.name, chainIn, chainOut)
 	for _, s := range specs(chainIn, lo, v6, allow) {
 		fmt.Fprintf(&b, "-A %s %s\n", chainIn, s)
 	}
-	fmt.Fprintf(&b, "-A %s -m mark ! --mark %s -j %s --queue-num %s\n", chainIn, criuMark, queueTarget, q)
+	fmt.Fprintf(&b, "-A %s -m mark ! --mark %s %s\n", chainIn, criuMark, lastSpec(chainIn, q, comment))
 	b.WriteString(unmark(keep))
 	return b.String() + "COMMIT\n"
 }
 
 // openInput lets everything in.
-func (t table) openInput(keep bool) string {
-	return fmt.Sprintf("*%s\n:%s - [0:0]\n%sCOMMIT\n", t.name, chainIn, unmark(keep))
+func (t table) openInput(keep bool, comment string) string {
+	return fmt.Sprintf("*%s\n:%[2]s - [0:0]\n%s-A %[2]s -m comment --comment \"%[4]s\" -j RETURN\nCOMMIT\n", t.name, chainIn, unmark(keep), comment)
 }
 
 func unmark(keep bool) string {
@@ -149,12 +150,12 @@ func (s *session) deliver(ps []place, st *netlock.State) (changed bool) {
 	}
 	q := ps[0].queue
 	err := each(func(p place) string {
-		return p.passInput(families()[p.fam].v6, s.lo, s.o.Allow, p.queue, keep)
+		return p.passInput(families()[p.fam].v6, s.lo, s.o.Allow, p.queue, keep, cmp.Or(p.comment, s.comment))
 	})
 	if err == nil {
 		var held netlock.Queue
 		held, err = s.o.Holder.Release(s.ctx, s.ns, q.num(), netlock.Repeat, func() error {
-			return each(func(p place) string { return p.openInput(keep) })
+			return each(func(p place) string { return p.openInput(keep, cmp.Or(p.comment, s.comment)) })
 		})
 		if err == nil {
 			st.Queue = held

@@ -342,6 +342,10 @@ func (t table) judge(v6 bool, lo string, allow []netlock.Rule, dead string) view
 				if r.comment != "" {
 					blame(true, "has comments in chain %s that are not ours", chain)
 				}
+				// Of a lock that was being opened they say whose it was.
+				if since, caller, err := netlock.ParseComment(r.comment); err == nil && v.since.IsZero() {
+					v.since, v.caller = since, caller
+				}
 				continue
 			}
 			if chain == chainIn {

@@ -164,12 +164,12 @@ COMMIT
 		t.Errorf("hold:\n%s\nwant:\n%s", hold, want)
 	}
 	chains, accept := ":CRIU-NETLOCK-IN - [0:0]\n:CRIU-NETLOCK-OUT - [0:0]\n", "-A CRIU-NETLOCK-IN -i lo -p tcp -m mark --mark 0xc114 -j ACCEPT\n"
-	queue, unmark := "-A CRIU-NETLOCK-IN -m mark ! --mark 0xc114 -j NFQUEUE --queue-num 7\n", "-A CRIU-NETLOCK-IN -m mark --mark 0xc114 -j MARK --set-mark 0\n"
+	queue, unmark := "-A CRIU-NETLOCK-IN -m mark ! --mark 0xc114 -m comment --comment \""+c+"\" -j NFQUEUE --queue-num 7\n", "-A CRIU-NETLOCK-IN -m mark --mark 0xc114 -j MARK --set-mark 0\n"
 	for keep, unmark := range map[bool]string{false: unmark, true: ""} {
-		if got, want := tab.passInput(false, "lo", nil, "7", keep), "*raw\n"+chains+accept+queue+unmark+"COMMIT\n"; got != want {
+		if got, want := tab.passInput(false, "lo", nil, "7", keep, c), "*raw\n"+chains+accept+queue+unmark+"COMMIT\n"; got != want {
 			t.Errorf("let marked ones pass:\n%s\nwant:\n%s", got, want)
 		}
-		if got, want := tab.openInput(keep), "*raw\n:CRIU-NETLOCK-IN - [0:0]\n"+unmark+"COMMIT\n"; got != want {
+		if got, want := tab.openInput(keep, c), "*raw\n:CRIU-NETLOCK-IN - [0:0]\n"+unmark+"-A CRIU-NETLOCK-IN -m comment --comment \""+c+"\" -j RETURN\nCOMMIT\n"; got != want {
 			t.Errorf("open:\n%s\nwant:\n%s", got, want)
 		}
 	}
