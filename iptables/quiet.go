@@ -101,6 +101,6 @@ func stillQuiet(ctx context.Context, ns *netlock.Namespace) bool {
 	if q.still(ctx) && ns.Leave(quietKey{}, q) {
 		return true
 	}
-	q.Close()
+	_ = q.Close() // nothing is lost with it
 	return false
 }

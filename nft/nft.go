@@ -192,7 +192,7 @@ func (b *Backend) in(ctx context.Context, ns *netlock.Namespace, o netlock.Optio
 	s.conn = conn.Conn
 	defer func() {
 		if !ns.Leave(left{}, conn) {
-			conn.Close()
+			_ = conn.Close() // nothing is lost with it
 		}
 	}()
 	return f(s)
