@@ -27,16 +27,23 @@ type Docker struct {
 
 // StartDocker starts containerd and dockerd; they end with the session.
 func (s *Session) StartDocker(ctx context.Context) error {
-	ready := func(argv ...string) func() error {
-		return func() error {
-			_, err := s.Run(ctx, argv...)
-			return err
-		}
-	}
-	if err := s.Daemon(ctx, ready("ctr", "version"), "containerd"); err != nil {
+	if err := s.Daemon(ctx, s.answers(ctx, "ctr", "version"), "containerd"); err != nil {
 		return err
 	}
-	return s.Daemon(ctx, ready("docker", "version"), "dockerd", "--containerd", "/run/containerd/containerd.sock")
+	return s.StartDockerd(ctx)
+}
+
+// StartDockerd starts dockerd alone, after one that was killed.
+func (s *Session) StartDockerd(ctx context.Context, flags ...string) error {
+	return s.Daemon(ctx, s.answers(ctx, "docker", "version"), append([]string{"dockerd", "--containerd", "/run/containerd/containerd.sock"}, flags...)...)
+}
+
+// answers tells whether a daemon does, by its client.
+func (s *Session) answers(ctx context.Context, argv ...string) func() error {
+	return func() error {
+		_, err := s.Run(ctx, argv...)
+		return err
+	}
 }
 
 func (e *Docker) docker(ctx context.Context, args ...string) (string, error) {
