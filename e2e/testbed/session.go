@@ -411,25 +411,43 @@ func (s *Session) CgroupParent() string {
 // Close ends everything that runs inside: with its pid 1 the kernel kills the
 // rest, and with the last process the mounts go.
 func (s *Session) Close() error {
+	err := s.thaw()
 	s.stop.Close()
 	done := make(chan error, 1)
 	go func() { done <- s.init.Wait() }()
-	var err error
+	var left error
 	select {
-	case err = <-done:
+	case left = <-done:
 	case <-time.After(10 * time.Second):
 		s.init.Process.Kill()
-		err = <-done
+		left = <-done
 	}
 	for _, d := range s.daemons {
 		<-d.done // killed with the session's pid 1
 	}
-	if err != nil {
-		err = fmt.Errorf("leave the testbed: %w", errOutput(err, s.log.Bytes()))
+	if left != nil {
+		left = fmt.Errorf("leave the testbed: %w", errOutput(left, s.log.Bytes()))
 	}
-	err = errors.Join(err, s.removeCgroups(), os.RemoveAll(s.Work))
+	err = errors.Join(err, left, s.removeCgroups(), os.RemoveAll(s.Work))
 	s.held.Close()
 	return err
+}
+
+// thaw lets go what a container that was left paused has in it: it could not die, and the
+// session's pid 1 would wait for it.
+func (s *Session) thaw() error {
+	var errs []error
+	for _, f := range []struct{ top, name, text string }{
+		{"/sys/fs/cgroup/freezer", "freezer.state", "THAWED"}, {"/sys/fs/cgroup", "cgroup.freeze", "0"},
+	} {
+		filepath.WalkDir(f.top+s.CgroupParent(), func(p string, d os.DirEntry, err error) error {
+			if err == nil && d.Name() == f.name {
+				errs = append(errs, os.WriteFile(p, []byte(f.text), 0))
+			}
+			return nil
+		})
+	}
+	return errors.Join(errs...)
 }
 
 // removeCgroups removes what a container that was killed left behind.
