@@ -216,7 +216,7 @@ func TestProxyClientKilledInRestore(t *testing.T) {
 				t.Cleanup(func() {
 					ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 					defer cancel()
-					if _, err := r.l.Run(ctx, "umount", "/run/runc/"+e.ID+"/criu-root"); err != nil {
+					if _, err := r.l.Run(ctx, "sh", "-c", `! mountpoint -q "$0" || umount "$0"`, "/run/runc/"+e.ID+"/criu-root"); err != nil {
 						t.Error(err)
 					}
 				})

@@ -106,8 +106,8 @@ type Options struct {
 	Mode func(phase guard.Phase, leavesRunning bool) (mode netlock.Mode, notHeld error)
 	// Refuse, if set, is why nothing can be locked. Unlocking goes on all the same.
 	Refuse error
-	// Log, if set, is told of every notification that does something; by a Session and a
-	// Proxy once CRIU has been answered.
+	// Log, if set, is told of every notification that does something; by a Proxy once
+	// CRIU or the client goes on.
 	Log func(Entry)
 }
 

@@ -200,25 +200,22 @@ func (s *Session) run(ctx context.Context, typ rpc.CriuReqType, opts *rpc.CriuOp
 	if s.criu != nil {
 		c.SetCRIU(s.criu.Pid)
 	}
-	var log later
-	log.put(&c.o.Log)
 	whole := false // a response has come, so CRIU has ended its work
 	err = errors.New("a callback has panicked")
 	defer func() {
 		if !whole {
 			err = errors.Join(err, s.Close())
 		}
-		log.say()
 		err = c.End(err)
 	}()
 	var resp *rpc.CriuResp
-	resp, err = s.converse(ctx, typ, opts, callback, c, &log)
+	resp, err = s.converse(ctx, typ, opts, callback, c)
 	var refused *Error
 	whole = err == nil || errors.As(err, &refused)
 	return resp, err
 }
 
-func (s *Session) converse(ctx context.Context, typ rpc.CriuReqType, opts *rpc.CriuOpts, callback Callback, c *Checkpoint, log *later) (*rpc.CriuResp, error) {
+func (s *Session) converse(ctx context.Context, typ rpc.CriuReqType, opts *rpc.CriuOpts, callback Callback, c *Checkpoint) (*rpc.CriuResp, error) {
 	op := opName(typ)
 	var withNotify rpc.CriuOpts
 	if opts != nil {
@@ -254,7 +251,6 @@ func (s *Session) converse(ctx context.Context, typ rpc.CriuReqType, opts *rpc.C
 		if err := s.send(ctx, op, answer); err != nil {
 			return nil, errors.Join(append(causes, err)...)
 		}
-		log.say()
 	}
 }
 
