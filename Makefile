@@ -82,7 +82,7 @@ lint: deps-go deps-c ## gofmt, vet, golangci-lint, govulncheck, go mod tidy and 
 	@echo govulncheck ./...; out=$$($(CACHE)/$(notdir $(subst @,-,$(VULN))) ./... 2>&1) || { code=$$?; echo "$$out"; \
 	  case "$$out" in *"fetching vulnerabilities"*) echo "NOT CHECKED for known holes: the database is out of reach";; *) exit $$code;; esac; }
 
-bench: deps ## measure beside what a user would use instead, as ratios; draws docs/hold.svg
+bench: deps ## measure beside what a user would use instead, as ratios (5 minutes); draws docs/hold.svg
 	$(GO) run ./e2e/bench -data docs/hold.csv
 	cd $(PLOT) && $(GO) run . $(CURDIR)/docs/hold.csv $(CURDIR)/docs/hold.svg
 

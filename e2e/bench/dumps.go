@@ -72,7 +72,7 @@ func feltRunc(program string, dumps int) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, s.Close()) }()
-	n, err := s.NewNet(ctx, "felt")
+	n, err := s.NewNet(ctx, "peer")
 	if err != nil {
 		return err
 	}
@@ -94,7 +94,7 @@ func feltPodman(program string, dumps int) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, s.Close()) }()
-	n, err := s.NewLAN(ctx, "felt")
+	n, err := s.NewLAN(ctx, "peer")
 	if err != nil {
 		return err
 	}
