@@ -86,6 +86,9 @@ const (
 	Stopped Use = "stopped"
 	// Stale: the caller is gone and the task runs: the checkpoint is over.
 	Stale Use = "stale"
+	// Guarded: the same, and its guard is still there: it is about to unlock, or tries again
+	// what has failed, or waits for a paused task. UseOf knows nothing of guards.
+	Guarded Use = "left to its guard"
 	// Unknown: the metadata are missing or not whole, or of another pid namespace.
 	Unknown Use = "unknown"
 )

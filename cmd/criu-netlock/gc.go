@@ -18,7 +18,7 @@ import (
 func use(ns *netlock.Namespace, st netlock.State, guarded map[uint64]bool) netlock.Use {
 	u := netlock.UseOf(st, func() bool { return inhabited(ns.Inode()) })
 	if u == netlock.Stale && guarded[ns.Inode()] {
-		return netlock.InUse
+		return netlock.Guarded
 	}
 	return u
 }
@@ -102,6 +102,8 @@ func useText(u netlock.Use) string {
 	switch u {
 	case netlock.Stale:
 		return "stale: its checkpoint is over; criu-netlock gc unlocks it"
+	case netlock.Guarded:
+		return "left to its guard: CRIU is gone; if an unlock has failed, the system log has why"
 	case netlock.Unknown:
 		return "unknown: not from this host's tasks, or its metadata are gone"
 	}

@@ -149,6 +149,28 @@ func TestGuardUnlocksWhenCRIUIsKilled(t *testing.T) {
 	eventually(t, "unlocked", func() bool { return !s.isLocked(t) })
 }
 
+// What a guard has not unlocked yet, or cannot, is no lock in use, and list says so.
+func TestListOfAGuardsLock(t *testing.T) {
+	s, c := newSpace(t), newCRIU(t)
+	c.ok(t, s.pid, "pre-dump", "network-lock")
+	says := func(command, want string) {
+		t.Helper()
+		r := run(t, command) // of every namespace of this host
+		if _, of, ok := strings.Cut(r.stdout, fmt.Sprintf("(pid %s ", s.pid)); !ok || !strings.Contains(strings.SplitN(of, "net:[", 2)[0], want) {
+			t.Errorf("%s does not say %q: %v", command, want, r)
+		}
+	}
+	says("list", "use        in use\n")
+	g := c.guard(t)
+	stop(t, g)
+	c.kill()
+	says("list", "use        left to its guard: ")
+	if err := unix.Kill(g, unix.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "unlocked", func() bool { return !s.isLocked(t) })
+}
+
 // stop stops a process. The signal comes sooner than the stop.
 func stop(t *testing.T, pid int) {
 	t.Helper()
