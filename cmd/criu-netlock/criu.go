@@ -167,10 +167,13 @@ var errEnded = errors.New("it has ended, or was too slow")
 // startProxy starts this program with a part of its own. It keeps the standard error: what
 // cannot be written to CRIU's log goes there.
 func startProxy(arg string, args []string, fds ...uintptr) (pid int, err error) {
-	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	// Not /dev/null: runc has put us into the container's cgroup, and for a moment no device
+	// may be opened there.
+	fd, err := unix.MemfdCreate("nothing", unix.MFD_CLOEXEC)
 	if err != nil {
-		return 0, err
+		return 0, os.NewSyscallError("memfd_create", err)
 	}
+	null := os.NewFile(uintptr(fd), "nothing")
 	defer null.Close()
 	pid, _, err = syscall.StartProcess("/proc/self/exe", append([]string{"criu-netlock", arg}, args...), &syscall.ProcAttr{
 		Dir: "/", Env: os.Environ(), Files: append([]uintptr{null.Fd(), null.Fd(), 2}, fds...), Sys: &syscall.SysProcAttr{Setsid: true},
