@@ -1,3 +1,5 @@
+//go:build faults
+
 package e2e
 
 import (
@@ -10,11 +12,8 @@ import (
 )
 
 // The tasks of a restore wait while it is unlocked: hardly longer than where there is no lock at
-// all. It is a matter of milliseconds, so the whole set alone has it.
+// all. It is a matter of milliseconds, so make faults alone has it.
 func TestUnlockTime(t *testing.T) {
-	if !*everyHook {
-		t.Skip("in make faults")
-	}
 	const rounds, longer = 11, 2 * time.Millisecond
 	for _, engine := range []string{"criu", "runc"} {
 		t.Run(engine, func(t *testing.T) {

@@ -17,7 +17,7 @@
 //   - Whatever the legacy programs change in a table, they begin the counters of its
 //     policies anew. Rules keep theirs.
 //   - In mode hold the container's packets are delivered through the rules behind ours, after two
-//     more commits for each family: 5 ms of an unlock with legacy, 15 to 20 with nft.
+//     more commits for each family: 5 to 8 ms of an unlock with legacy, 15 to 21 with nft.
 //   - In table filter a dropped packet has already moved its conntrack entry.
 //   - Legacy programs take turns by /run/xtables.lock, which is a different file in
 //     another mount namespace. What was changed under our hands is done again.
