@@ -104,3 +104,28 @@ func TestLibcriuExample(t *testing.T) {
 	r.l.hooks.Handle(nil)
 	r.finish()
 }
+
+// Mode hold from C: a dump that leaves the tasks running, where the image has no rules in
+// it, and a restore.
+func TestLibcriuHolds(t *testing.T) {
+	putLibcriu(t)
+	h := newHoldingOf(t, "libcriu", "skip", "hold", relayPath)
+	h.e.(*testbed.CLI).Client = []string{libcriuPath, "-empty-net"}
+	h.stream(3)
+	h.whole("after 3 dumps")
+	if log, err := h.e.Log(); err != nil || !strings.Contains(log, "mode=hold delivered=") {
+		t.Errorf("the log of a dump, %v:\n%s", err, ofInterest(log))
+	}
+	h.e.(*testbed.CLI).Client = []string{libcriuPath}
+	if err := h.e.Dump(h.ctx, false); err != nil {
+		t.Fatal(err)
+	}
+	h.sendAt("post-restore")
+	if err := h.e.Restore(h.ctx); err != nil {
+		t.Fatal(err)
+	}
+	h.whole("after the restore")
+	if log, err := h.e.Log(); err != nil || !strings.Contains(log, "mode=hold delivered=") {
+		t.Errorf("the log of the restore, %v:\n%s", err, ofInterest(log))
+	}
+}

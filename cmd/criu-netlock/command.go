@@ -20,6 +20,7 @@ import (
 
 	"github.com/criu-netlock/criu-netlock/cmd/criu-netlock/early"
 	"github.com/criu-netlock/criu-netlock/cmd/criu-netlock/setup"
+	"github.com/criu-netlock/criu-netlock/cmd/internal/wire"
 	"github.com/criu-netlock/criu-netlock/netlock"
 	"github.com/criu-netlock/criu-netlock/netlock/action"
 	"github.com/criu-netlock/criu-netlock/netlock/config"
@@ -438,7 +439,7 @@ func (c *cli) lock() error {
 		return err
 	}
 	l := newLocker(cfg, parent())
-	holder := newHolder(cfg)
+	holder := wire.Holder(cfg)
 	holder.HandsOn = true
 	if cfg.Mode == config.Hold {
 		l.Options.Mode, l.Options.Holder = netlock.Hold, holder

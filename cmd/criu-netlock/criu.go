@@ -22,6 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/criu-netlock/criu-netlock/cmd/criu-netlock/early"
+	"github.com/criu-netlock/criu-netlock/cmd/internal/wire"
 	"github.com/criu-netlock/criu-netlock/netlock"
 	"github.com/criu-netlock/criu-netlock/netlock/action"
 	"github.com/criu-netlock/criu-netlock/netlock/config"
@@ -233,7 +234,7 @@ func proxy(args []string) error {
 	cfg, cfgErr := loadConfig(config.Path(os.LookupEnv))
 	p := criurpc.Proxy{Client: fdClient, CRIU: pair[0], ClientPID: pids[0], CRIUPID: pids[1]}
 	kernel := &nft.Kernel{}
-	locker := stayingLocker(newHolder(cfg), nft.WithKernel(kernel))
+	locker := stayingLocker(wire.Holder(cfg), nft.WithKernel(kernel))
 	p.Begin = func(opts *rpc.CriuOpts) criurpc.Options {
 		o := criurpc.Options{
 			Locker: locker(cfg, netlock.Caller{}), Timeout: cfg.Timeout, OnFailedRestore: guard.Policy(cfg.OnFailedRestore), Refuse: cfgErr,

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/criu-netlock/criu-netlock/cmd/criu-netlock/early"
+	"github.com/criu-netlock/criu-netlock/cmd/internal/wire"
 	"github.com/criu-netlock/criu-netlock/netlock"
 	"github.com/criu-netlock/criu-netlock/netlock/action"
 	"github.com/criu-netlock/criu-netlock/netlock/config"
@@ -135,7 +136,7 @@ func runGuard(args []string) int {
 		caller = c.Client
 	}
 	criu := netlock.CallerOf(caller).For(c.Task)
-	kernel, holder := &nft.Kernel{}, newHolder(cfg)
+	kernel, holder := &nft.Kernel{}, wire.Holder(cfg)
 	locker := stayingLocker(holder, nft.WithKernel(kernel))
 	c.NS.KeepSockets()
 	defer holder.Drop(c.NS) // and its place goes with it
@@ -176,7 +177,7 @@ func runGuard(args []string) int {
 	g.Ready = func() {
 		defer ready()
 		l := locker(cfg, criu)
-		trial := newHolder(cfg)
+		trial := wire.Holder(cfg)
 		trial.HandsOn = true // to nobody
 		if cfg.Mode != config.Drop {
 			l.Options.Mode, l.Options.Holder = netlock.Hold, trial

@@ -3,9 +3,7 @@ package main
 // Mode hold: who holds, and when.
 
 import (
-	"errors"
 	"fmt"
-	"log/slog"
 	"os"
 	"slices"
 	"strconv"
@@ -14,43 +12,17 @@ import (
 	"github.com/checkpoint-restore/go-criu/v8/rpc"
 	"golang.org/x/sys/unix"
 
+	"github.com/criu-netlock/criu-netlock/cmd/internal/wire"
 	"github.com/criu-netlock/criu-netlock/netlock"
-	"github.com/criu-netlock/criu-netlock/netlock/action"
 	"github.com/criu-netlock/criu-netlock/netlock/config"
 	"github.com/criu-netlock/criu-netlock/netlock/guard"
-	"github.com/criu-netlock/criu-netlock/netlock/hold"
 	"github.com/criu-netlock/criu-netlock/nft"
-)
-
-// newHolder is the holder of a process that outlives its locks.
-func newHolder(cfg config.Config) *guard.Holder {
-	return &guard.Holder{Holder: hold.Holder{Packets: cfg.HoldPackets, Bytes: cfg.HoldBytes}, Stays: true}
-}
-
-// errImage is why nothing is held in a dump of some kernels.
-var (
-	errImage = errors.New("this kernel has no nft_queue, and without it the image that CRIU makes of the rules could not be restored")
-	// What nft prints of iptables-nft's target is, read in again, an expression of nft_queue.
-	errImageIPTables = errors.New("the image that CRIU makes of a queue of iptables could not be restored everywhere")
 )
 
 // modeOf is what the configuration's mode means in a checkpoint. What cannot be held in
 // spite of it has a reason.
 func modeOf(cfg config.Config, phase guard.Phase, criu int, k *nft.Kernel) (netlock.Mode, error) {
-	return decideMode(cfg, phase, k, func() bool { return leavesRunning(criu) }, func() bool { return dumpsRules(words(criu)) })
-}
-
-func decideMode(cfg config.Config, phase guard.Phase, k *nft.Kernel, leavesRunning, dumpsRules func() bool) (netlock.Mode, error) {
-	switch {
-	case cfg.Mode != config.Hold && cfg.Mode != config.Auto,
-		cfg.Mode == config.Auto && phase == guard.Dump && !leavesRunning():
-		return netlock.Drop, nil
-	case phase == guard.Dump && k != nil && k.NoQueue() && dumpsRules():
-		return netlock.Drop, errImage
-	case phase == guard.Dump && cfg.Backend == config.IPTables && dumpsRules():
-		return netlock.Drop, errImageIPTables
-	}
-	return netlock.Hold, nil
+	return wire.Mode(cfg, phase, k, func() bool { return leavesRunning(criu) }, func() bool { return dumpsRules(words(criu)) })
 }
 
 // modeOfRequest is modeOf where CRIU's client says what it wants.
@@ -58,7 +30,7 @@ func modeOfRequest(cfg config.Config, k *nft.Kernel, opts *rpc.CriuOpts) func(gu
 	external := slices.ContainsFunc(opts.GetExternal(), func(s string) bool { return strings.HasPrefix(s, "net[") })
 	dumpsRules := opts.GetEmptyNs()&unix.CLONE_NEWNET == 0 && !external
 	return func(phase guard.Phase, leavesRunning bool) (netlock.Mode, error) {
-		return decideMode(cfg, phase, k, func() bool { return leavesRunning }, func() bool { return dumpsRules })
+		return wire.Mode(cfg, phase, k, func() bool { return leavesRunning }, func() bool { return dumpsRules })
 	}
 }
 
@@ -99,28 +71,10 @@ func dumpsRules(w []string) bool {
 	return slices.Contains(w, "dump")
 }
 
-// holdAttrs is what the log is told of mode hold, and whether it is a warning.
-func holdAttrs(rep action.Report) (attrs []slog.Attr, warn bool) {
-	if rep.Mode == netlock.Hold {
-		attrs = append(attrs, slog.String("mode", string(rep.Mode)))
-	}
-	if rep.NotHeld != nil {
-		attrs = append(attrs, slog.String("mode", string(rep.Mode)), slog.String("not_held", oneLine(rep.NotHeld.Error())))
-	}
-	if rep.NotDelivered != nil {
-		attrs = append(attrs, slog.String("not_delivered", oneLine(rep.NotDelivered.Error())))
-	}
-	if q := rep.Queue; q != (netlock.Queue{}) {
-		attrs = append(attrs, slog.Uint64("delivered", q.Delivered), slog.Uint64("overflowed", q.Overflowed), slog.Uint64("lost", q.Lost))
-		warn = q.Overflowed > 0 || q.Lost > 0
-	}
-	return attrs, warn || rep.NotHeld != nil || rep.NotDelivered != nil
-}
-
 // runHolder is the life of the process that holds for a lock taken by hand.
 func runHolder(args []string) int {
 	cfg, _ := loadConfig(config.Path(os.LookupEnv)) // the lock is there, whatever it says by now
-	if err := guard.RunHolder(args, newHolder(cfg), stayingLocker(&guard.Holder{})(cfg, parent())); err != nil {
+	if err := guard.RunHolder(args, wire.Holder(cfg), stayingLocker(&guard.Holder{})(cfg, parent())); err != nil {
 		return netlock.ExitCode(err) // who started this has gone long ago
 	}
 	return 0

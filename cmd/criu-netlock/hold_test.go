@@ -12,6 +12,7 @@ import (
 	"github.com/checkpoint-restore/go-criu/v8/rpc"
 	"golang.org/x/sys/unix"
 
+	"github.com/criu-netlock/criu-netlock/cmd/internal/wire"
 	"github.com/criu-netlock/criu-netlock/netlock"
 	"github.com/criu-netlock/criu-netlock/netlock/config"
 	"github.com/criu-netlock/criu-netlock/netlock/guard"
@@ -258,7 +259,7 @@ func TestModeOf(t *testing.T) {
 	for image, want := range map[bool]netlock.Mode{true: netlock.Drop, false: netlock.Hold} {
 		cfg := config.Config{Mode: "hold", Backend: config.IPTables}
 		is := func() bool { return image }
-		if got, err := decideMode(cfg, guard.Dump, nil, is, is); got != want || (err != nil) != image {
+		if got, err := wire.Mode(cfg, guard.Dump, nil, is, is); got != want || (err != nil) != image {
 			t.Errorf("iptables, rules in the image %v: %s, %v", image, got, err)
 		}
 	}

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/criu-netlock/criu-netlock/cmd/criu-netlock/early"
+	"github.com/criu-netlock/criu-netlock/cmd/internal/wire"
 	"github.com/criu-netlock/criu-netlock/netlock"
 	"github.com/criu-netlock/criu-netlock/netlock/action"
 	"github.com/criu-netlock/criu-netlock/netlock/config"
@@ -97,7 +98,7 @@ func (h *hookCall) hold(l *netlock.Locker, cfg config.Config, ev action.Event) (
 				h.phase = guard.Dump
 			}
 			if _, ok := criuPID(ev); ok && ev.Action == action.SetupNamespaces && cfg.Guard {
-				h.holder = newHolder(cfg)
+				h.holder = wire.Holder(cfg)
 				h.holder.HandsOn = true // to the guard that is about to be started
 			}
 		}
@@ -148,7 +149,7 @@ func (h hookCall) turn(cfg config.Config, unlocks bool) func(*netlock.Namespace,
 func (h hookCall) line(levelName string, ev action.Event, rep action.Report, done bool, err, unguarded error) string {
 	level := slog.LevelInfo
 	msg := rep.Result
-	held, holdWarns := holdAttrs(rep)
+	held, holdWarns := wire.HoldAttrs(rep)
 	switch {
 	case err != nil:
 		level, msg = slog.LevelError, string(ev.Action)+" failed"

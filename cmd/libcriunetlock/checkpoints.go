@@ -33,9 +33,11 @@ type opts struct {
 	restore      bool
 	pid          int
 	leaveRunning bool
-	logFD        int
-	config       string // empty: the default
-	guard        string // the program; empty: looked up
+	// rulesNotDumped: CRIU does not put the namespace's rules into the image.
+	rulesNotDumped bool
+	logFD          int
+	config         string // empty: the default
+	guard          string // the program; empty: looked up
 }
 
 func (s *checkpoints) begin(o opts) (uint64, error) {
@@ -47,17 +49,16 @@ func (s *checkpoints) begin(o opts) (uint64, error) {
 	if err != nil {
 		return 0, err
 	}
+	kernel := &nft.Kernel{}
 	ro := criurpc.Options{
 		// Nobody waits for the kernel's clean-up after an unlock.
-		Locker:  wire.Locker(cfg, netlock.Caller{}, nft.New(nft.WithRelease(func(fd int) { go unix.Close(fd) }))),
+		Locker:  wire.Locker(cfg, netlock.Caller{}, nft.New(nft.WithKernel(kernel), nft.WithRelease(func(fd int) { go unix.Close(fd) }))),
 		Timeout: cfg.Timeout, OnFailedRestore: guard.Policy(cfg.OnFailedRestore), Guard: o.guard,
-		Mode: func(guard.Phase, bool) (netlock.Mode, error) {
-			if cfg.Mode == config.Drop {
-				return netlock.Drop, nil
-			}
-			return netlock.Drop, errCannotHold
+		Mode: func(phase guard.Phase, leavesRunning bool) (netlock.Mode, error) {
+			return wire.Mode(cfg, phase, kernel, func() bool { return leavesRunning }, func() bool { return !o.rulesNotDumped })
 		},
 	}
+	ro.Locker.Options.Holder = wire.Holder(cfg)
 	if !cfg.Guard {
 		ro.Guard = criurpc.NoGuard
 	}
@@ -77,9 +78,6 @@ func (s *checkpoints) begin(o opts) (uint64, error) {
 	s.open[s.last] = c
 	return s.last, nil
 }
-
-// errCannotHold: a program may be gone before what it holds is delivered.
-var errCannotHold = errors.New("a C program's lock drops, whatever mode says")
 
 func (s *checkpoints) notify(id uint64, name string, pid int) error {
 	s.mu.Lock()
@@ -117,10 +115,11 @@ func (s *checkpoints) end(id uint64, ret int) error {
 // line is what the log is told of a notification.
 func line(levelName string, e criurpc.Entry) []byte {
 	level, msg := slog.LevelInfo, e.Report.Result
+	held, holdWarns := wire.HoldAttrs(e.Report)
 	switch {
 	case e.Err != nil:
 		level, msg = slog.LevelError, string(e.Event.Action)+" failed"
-	case e.Report.Loud, e.Unguarded != nil, e.Report.NotHeld != nil:
+	case e.Report.Loud, e.Unguarded != nil, holdWarns:
 		level = slog.LevelWarn
 	}
 	var least slog.Level
@@ -130,11 +129,9 @@ func line(levelName string, e criurpc.Entry) []byte {
 	r := slog.NewRecord(time.Now().UTC(), level, msg, 0)
 	r.AddAttrs(slog.String("action", string(e.Event.Action)), slog.Int("pid", e.Event.PID), slog.Uint64("netns", e.Report.Netns),
 		slog.String("backend", e.Report.Backend), slog.String("result", e.Report.Result), slog.Int64("duration_us", e.Took.Microseconds()))
+	r.AddAttrs(held...)
 	if e.Unguarded != nil {
 		r.AddAttrs(slog.String("guard_err", oneLine(e.Unguarded)))
-	}
-	if e.Report.NotHeld != nil {
-		r.AddAttrs(slog.String("not_held", oneLine(e.Report.NotHeld)))
 	}
 	if e.Err != nil {
 		r.AddAttrs(slog.String("err", oneLine(e.Err)))

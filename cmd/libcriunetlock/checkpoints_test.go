@@ -59,22 +59,30 @@ func TestCheckpoints(t *testing.T) {
 			t.Errorf("want %q twice:\n%s", want, b)
 		}
 	}
-	// It does not hold, and says so.
-	if err := os.WriteFile(conf, []byte("mode = \"hold\"\n"), 0o600); err != nil {
+	// Held is what CRIU does not put into an image from which it could not be restored.
+	if err := os.WriteFile(conf, []byte("mode = \"hold\"\nbackend = \"iptables\"\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	id, err := all.begin(opts{pid: pid, leaveRunning: true, logFD: int(f.Fd()), config: conf, guard: criurpc.NoGuard})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := all.notify(id, "network-lock", 0); err != nil {
-		t.Fatal(err)
-	}
-	if err := all.end(id, 0); err != nil {
-		t.Fatal(err)
-	}
-	if b, err := os.ReadFile(log); err != nil || !strings.Contains(string(b), "level=WARN msg=locked action=network-lock") || !strings.Contains(string(b), "not_held=") {
-		t.Errorf("mode hold: %v\n%s", err, b)
+	for dumped, want := range map[bool]string{true: "level=WARN msg=locked action=network-lock", false: "level=INFO msg=unlocked action=network-unlock"} {
+		if err := f.Truncate(0); err != nil {
+			t.Fatal(err)
+		}
+		id, err := all.begin(opts{pid: pid, leaveRunning: true, rulesNotDumped: !dumped, logFD: int(f.Fd()), config: conf, guard: criurpc.NoGuard})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, name := range []string{"network-lock", "network-unlock"} {
+			if err := all.notify(id, name, 0); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := all.end(id, 0); err != nil {
+			t.Fatal(err)
+		}
+		b, err := os.ReadFile(log)
+		if err != nil || !strings.Contains(string(b), want) || strings.Contains(string(b), "not_held=") != dumped || strings.Contains(string(b), "delivered=0") == dumped {
+			t.Errorf("mode hold, rules in the image %v: %v\n%s", dumped, err, b)
+		}
 	}
 	if err := os.WriteFile(conf, []byte("nonsense = 1\n"), 0o600); err != nil {
 		t.Fatal(err)

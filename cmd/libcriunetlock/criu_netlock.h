@@ -62,6 +62,13 @@ typedef struct criu_netlock_opts {
 	const char *config;
 	/* The program criu-netlock; NULL: the one in PATH, or /usr/local/sbin; "none": no guard. */
 	const char *guard;
+	/*
+	 * dump: CRIU leaves the network namespace's rules out of the image, because the namespace
+	 * is an external one (criu_add_external("net[...]...")) or to be empty in the restore
+	 * (criu_set_empty_ns(CLONE_NEWNET)). Mode hold wants to know: without it, and on a kernel
+	 * without nft_queue, a dump drops, and the line in the log says so (not_held).
+	 */
+	int rules_not_dumped;
 } criu_netlock_opts;
 
 /*

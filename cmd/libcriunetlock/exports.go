@@ -35,9 +35,9 @@ func call(text *C.char, size C.size_t, f func() error) C.int {
 }
 
 //export criuNetlockInit
-func criuNetlockInit(restore, pid, leaveRunning, logFD C.int, config, guard *C.char, id *C.uint64_t, text *C.char, size C.size_t) C.int {
+func criuNetlockInit(restore, pid, leaveRunning, logFD, rulesNotDumped C.int, config, guard *C.char, id *C.uint64_t, text *C.char, size C.size_t) C.int {
 	return call(text, size, func() error {
-		o := opts{restore: restore != 0, pid: int(pid), leaveRunning: leaveRunning != 0, logFD: int(logFD), config: C.GoString(config), guard: C.GoString(guard)}
+		o := opts{restore: restore != 0, pid: int(pid), leaveRunning: leaveRunning != 0, logFD: int(logFD), rulesNotDumped: rulesNotDumped != 0, config: C.GoString(config), guard: C.GoString(guard)}
 		n, err := all.begin(o)
 		*id = C.uint64_t(n)
 		return err

@@ -120,8 +120,8 @@ static int init(struct call *c)
 {
 	const criu_netlock_opts *o = c->opts;
 
-	return criuNetlockInit(o->verb == CRIU_NETLOCK_RESTORE, o->pid, o->leave_running, o->log_fd, (char *)c->text,
-			       (char *)o->guard, &c->checkpoint, c->error, sizeof(c->error));
+	return criuNetlockInit(o->verb == CRIU_NETLOCK_RESTORE, o->pid, o->leave_running, o->log_fd, o->rules_not_dumped,
+			       (char *)c->text, (char *)o->guard, &c->checkpoint, c->error, sizeof(c->error));
 }
 
 static int notify(struct call *c)

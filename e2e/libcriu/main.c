@@ -1,11 +1,11 @@
 // The client drives CRIU through libcriu with criu-netlock's library. It takes what CRIU's
 // command line takes, so that the tests run it in CRIU's place:
 //
-//	libcriu [-fail HOOK] [-kill HOOK] [-refuse] [-thread] dump|restore OPTION...
+//	libcriu [-fail HOOK] [-kill HOOK] [-refuse] [-thread] [-empty-net] dump|restore OPTION...
 //
 // At HOOK its own part of the callback fails, or it is killed, after ours, or before it
 // at network-unlock and post-resume. -refuse: the lock is refused. -thread: in a thread
-// that is not the first.
+// that is not the first. -empty-net: the image has no network in it.
 
 #define _GNU_SOURCE
 #include <criu/criu.h>
@@ -15,6 +15,7 @@
 #include <fcntl.h>
 #include <getopt.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -22,7 +23,7 @@
 #include <unistd.h>
 
 static const char *fail_at = "", *kill_at = "";
-static int refuse;
+static int refuse, empty_net;
 
 static int failed(const char *action)
 {
@@ -88,6 +89,8 @@ static void *run(void *arg)
 	criu_set_service_binary("criu");
 	criu_set_notify_cb(callback);
 	criu_set_log_level(4);
+	if (empty_net)
+		criu_set_empty_ns(CLONE_NEWNET), o.rules_not_dumped = 1;
 	optind = 1;
 	while ((opt = getopt_long(argc_, argv_, "v:", options, NULL)) != -1) {
 		switch (opt) {
@@ -152,7 +155,7 @@ static void *run(void *arg)
 int main(int argc, char **argv)
 {
 	static const struct option options[] = {
-		{ "fail", 1, NULL, 'f' }, { "kill", 1, NULL, 'k' }, { "refuse", 0, NULL, 'r' }, { "thread", 0, NULL, 't' }, { 0 },
+		{ "fail", 1, NULL, 'f' }, { "kill", 1, NULL, 'k' }, { "refuse", 0, NULL, 'r' }, { "thread", 0, NULL, 't' }, { "empty-net", 0, NULL, 'e' }, { 0 },
 	};
 	int opt, thread = 0;
 	pthread_t t;
@@ -163,6 +166,7 @@ int main(int argc, char **argv)
 		case 'k': kill_at = optarg; break;
 		case 'r': refuse = 1; break;
 		case 't': thread = 1; break;
+		case 'e': empty_net = 1; break;
 		default: return 2;
 		}
 	}
