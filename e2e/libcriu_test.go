@@ -1,10 +1,8 @@
 package e2e
 
 import (
-	"context"
 	"errors"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -28,35 +26,12 @@ func putLibcriu(t *testing.T) *lab {
 	netlocktest.Need(t, "gcc", "make")
 	l := openLab(t)
 	theLibrary.once.Do(func() {
-		bin := filepath.Join(l.Work, "bin")
-		// As a user makes it.
-		out, err := exec.CommandContext(t.Context(), "make", "--no-print-directory", "-C", "..", "lib", "LIBDIR="+bin).CombinedOutput()
-		if err != nil {
-			theLibrary.err = errors.New(string(out))
-			return
-		}
-		theLibrary.err = l.compile(t.Context(), "libcriu", "libcriu/main.c", `-DGUARD="`+oursPath+`"`)
+		theLibrary.err = l.BuildLibrary(t.Context(), "libcriu", oursPath)
 	})
 	if theLibrary.err != nil {
 		t.Fatal(theLibrary.err)
 	}
 	return l
-}
-
-// compile compiles a C program on this machine, against libcriu of the session.
-func (l *lab) compile(ctx context.Context, name, source string, flags ...string) error {
-	bin := filepath.Join(l.Work, "bin")
-	libs, err := filepath.Glob(l.Path("/usr/lib/*/libcriu.so"))
-	if err != nil || len(libs) != 1 {
-		return errors.Join(err, errors.New("where is libcriu.so?"))
-	}
-	args := append(flags, "-Wall", "-Wextra", "-Werror", "-pthread", "-I"+bin, "-isystem", l.Path("/usr/include"), "-o", filepath.Join(bin, name), source,
-		"-L"+bin, "-lcriunetlock", "-L"+filepath.Dir(libs[0]), "-lcriu", "-Wl,--allow-shlib-undefined", "-Wl,-rpath,$ORIGIN")
-	out, err := exec.CommandContext(ctx, "gcc", args...).CombinedOutput()
-	if err != nil {
-		return errors.New("gcc " + strings.Join(args, " ") + ": " + string(out))
-	}
-	return nil
 }
 
 // A thread that is not the program's first can have a checkpoint too.
@@ -83,7 +58,7 @@ func TestLibcriuExample(t *testing.T) {
 	}
 	dir := filepath.Join(r.l.Work, "libcriu-example")
 	source := filepath.Join(t.TempDir(), "checkpoint.c")
-	if err := errors.Join(os.Mkdir(dir, 0o700), os.WriteFile(source, []byte(program), 0o644), r.l.compile(r.ctx, "checkpoint", source)); err != nil {
+	if err := errors.Join(os.Mkdir(dir, 0o700), os.WriteFile(source, []byte(program), 0o644), r.l.CompileC(r.ctx, "checkpoint", source)); err != nil {
 		t.Fatal(err)
 	}
 	conf := filepath.Join(r.l.Work, "criu/default.conf")

@@ -14,8 +14,8 @@ import (
 	"github.com/criu-netlock/criu-netlock/netlock/config"
 )
 
-// inCRIU dumps a container with criu dump --leave-running, round robin under each
-// lock, and reads from CRIU's log how long its hooks and the freeze took.
+// inCRIU dumps a container with criu dump --leave-running, under one lock after the
+// other, and reads from CRIU's log how long its hooks and the freeze took.
 func inCRIU(program string, dumps int) (err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Minute)
 	defer cancel()
@@ -38,6 +38,9 @@ func inCRIU(program string, dumps int) (err error) {
 	if err := os.Symlink(ours[0], s.Work+"/bin/shim/criu"); err != nil {
 		return err
 	}
+	if err := s.BuildLibrary(ctx, "libcriu", ours[0]); err != nil {
+		return err
+	}
 	rows := []struct {
 		name, lock           string
 		scripts              []string
@@ -54,6 +57,7 @@ func inCRIU(program string, dumps int) (err error) {
 		{name: "**in CRIU's place**, before a go-criu program", lock: "skip", client: []string{testbed.BinDir + "/rpcclient", "-criu", shim + "/criu", "plain"}},
 		{name: "no lock, a go-criu program with callbacks of its own", lock: "skip", client: []string{testbed.BinDir + "/rpcclient", "plain"}},
 		{name: "package criurpc, by go-criu", lock: "skip", client: []string{testbed.BinDir + "/rpcclient", "go-criu"}},
+		{name: "the C library, by libcriu", lock: "skip", client: []string{testbed.BinDir + "/libcriu"}},
 	}
 	for i := range rows {
 		r := &rows[i]

@@ -198,7 +198,7 @@ func (s *Session) Build(ctx context.Context, programs map[string]string) error {
 		if pkg == program {
 			flags += " " + link.Flag
 		}
-		cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags", flags, "-o", s.Work+"/bin/"+name, "github.com/criu-netlock/criu-netlock/"+pkg)
+		cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags", flags, "-o", s.programs()+"/"+name, "github.com/criu-netlock/criu-netlock/"+pkg)
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 		if out, err := cmd.CombinedOutput(); err != nil {
 			return fmt.Errorf("build %s: %w", pkg, errOutput(err, out))
