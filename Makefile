@@ -72,7 +72,6 @@ tool = @mkdir -p $(CACHE); [ -x $(CACHE)/$(notdir $(subst @,-,$(1))) ] || { GOBI
 lint: deps-go deps-c ## gofmt, vet, golangci-lint, govulncheck, go mod tidy and verify
 	@out=$$(gofmt -l .); [ -z "$$out" ] || { echo "gofmt: $$out"; exit 1; }
 	$(GO) vet ./...
-	$(GO) vet -tags faults ./e2e
 	CGO_ENABLED=1 $(GO) vet -tags clibrary ./cmd/libcriunetlock
 	$(GO) mod verify
 	$(GO) mod tidy -diff
@@ -91,7 +90,7 @@ bench: deps ## measure beside what a user would use instead, as ratios (5 minute
 faults: export CI = true
 faults: deps ## try every fault that can be counted, and print how many there were
 	$(GO) test -v -count=1 -parallel 3 -timeout 60m ./e2e/faults -faults.all
-	$(GO) test -tags faults -v -count=1 -timeout 20m -run 'TestKilled|TestEnginesKilled|TestEngineKilled|TestDiskFull|TestPaused|TestCapabilities|TestManyCheckpoints|TestUnlockTime' ./e2e -every-hook
+	$(GO) test -v -count=1 -timeout 20m -run 'TestKilled|TestEnginesKilled|TestEngineKilled|TestDiskFull|TestPaused|TestCapabilities|TestManyCheckpoints' ./e2e -every-hook
 
 demo: deps ## checkpoint and restore a container with a live connection
 	$(GO) run ./e2e/demo

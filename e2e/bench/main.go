@@ -30,7 +30,7 @@ import (
 
 func main() {
 	rounds := flag.Int("rounds", 60, "rounds of every measurement")
-	parts := flag.String("parts", "hook,process,rules,namespaces,criu,windows,runc,podman", "which parts to run")
+	parts := flag.String("parts", "hook,process,rules,namespaces,criu,restores,windows,runc,podman", "which parts to run")
 	dumps := flag.Int("dumps", 15, "real dumps for each lock")
 	times := flag.Int("windows", 5, "how often a lock of each length is felt")
 	data := flag.String("data", "", "a file for what e2e/bench/plot draws")
@@ -80,6 +80,8 @@ func run(parts string, rounds, dumps, times int, data string) error {
 			err = manyNamespaces()
 		case "criu":
 			err = inCRIU(program, dumps)
+		case "restores":
+			err = restores(program, dumps)
 		case "windows":
 			err = feltWindows(dir, times, data)
 		case "runc":
