@@ -71,6 +71,9 @@ func (q *quiet) still(ctx context.Context) bool {
 	return err == nil && generation(ans[0]) == q.gen
 }
 
+// Ready asks once more whether there is something of ours.
+func (b *Backend) Ready(ctx context.Context, ns *netlock.Namespace) { stillQuiet(ctx, ns) }
+
 // Moved keeps up with what another backend has changed.
 func (q *quiet) Moved(from, to uint32) {
 	if q.gen == from {

@@ -184,6 +184,22 @@ func (l *Locker) Unlock(ctx context.Context, ns *Namespace) (State, error) {
 	return st, err
 }
 
+// Ready prepares an Unlock that is to follow at once, and changes nothing: what it needs of
+// the kernel and of this program is put back into the processor's caches. It does nothing
+// for a handle that keeps no sockets.
+func (l *Locker) Ready(ctx context.Context, ns *Namespace) {
+	if !ns.KeepsSockets() {
+		return
+	}
+	for _, b := range slices.Backward(l.all()) {
+		if r, ok := b.(interface {
+			Ready(context.Context, *Namespace)
+		}); ok {
+			r.Ready(ctx, ns)
+		}
+	}
+}
+
 // State reads what is locked and changes nothing.
 func (l *Locker) State(ctx context.Context, ns *Namespace) (State, error) {
 	return each(l.all(), func(b Backend) (State, error) { return b.State(ctx, ns, l.Options) })

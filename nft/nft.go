@@ -775,6 +775,18 @@ func (b *Backend) Unlock(ctx context.Context, ns *netlock.Namespace, o netlock.O
 	return st, err
 }
 
+// Ready does a part of what an unlock of a lock that nobody has touched does.
+func (b *Backend) Ready(ctx context.Context, ns *netlock.Namespace) {
+	conn, ok := ns.Take(left{}).(leftConn)
+	if !ok {
+		return
+	}
+	_, _ = conn.Conn.Ask(ctx, nfnl.Request{Cmd: unix.NFT_MSG_GETGEN})
+	if !ns.Leave(left{}, conn) {
+		_ = conn.Close() // nothing is lost with it
+	}
+}
+
 func (s *session) unlock() (st netlock.State, err error) {
 	if st, done := s.unlockNoted(); done {
 		return st, nil

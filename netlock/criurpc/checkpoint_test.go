@@ -28,11 +28,18 @@ type fake struct {
 	calls  []string
 	err    map[string]error
 	block  chan struct{} // if set, Lock waits for its end, whatever its context says
+	ready  chan struct{} // if set, is sent to by Ready
 }
 
 func newFake() *fake { return &fake{locked: map[uint64]netlock.Caller{}, err: map[string]error{}} }
 
 func (f *fake) Name() string { return "fake" }
+
+func (f *fake) Ready(context.Context, *netlock.Namespace) {
+	if f.ready != nil {
+		f.ready <- struct{}{}
+	}
+}
 
 func (f *fake) call(name string) error {
 	f.mu.Lock()
@@ -341,6 +348,36 @@ func TestUnlockFails(t *testing.T) {
 		}
 		if err := n.Done(nil); (err != nil) != stays || f.is(s.ino) != stays {
 			t.Errorf("%v, locked: %v", err, f.is(s.ino))
+		}
+	}
+}
+
+// With post-dump the unlock that follows is prepared, unless none follows.
+func TestGetReady(t *testing.T) {
+	for _, leavesRunning := range []bool{true, false} {
+		s, f := newSleeper(t), newFake()
+		f.ready = make(chan struct{}, 1)
+		c := NewDump(s.pid(), leavesRunning, f.options())
+		handle(t, c, 0, action.PreDump, action.NetworkLock)
+		if len(f.ready) != 0 {
+			t.Error("before post-dump")
+		}
+		c.getReady()
+		if got := len(f.ready) == 1; got != leavesRunning {
+			t.Errorf("tasks run on: %v, got ready: %v", leavesRunning, got)
+		}
+		if leavesRunning {
+			<-f.ready
+			handle(t, c, 0, action.PostDump)
+			<-f.ready
+			handle(t, c, 0, action.NetworkUnlock)
+		}
+		if err := c.End(nil); err != nil {
+			t.Error(err)
+		}
+		c.getReady() // after the end there is nothing to prepare
+		if len(f.ready) != 0 {
+			t.Error("after the end")
 		}
 	}
 }
