@@ -369,7 +369,11 @@ func TestGetReady(t *testing.T) {
 		if leavesRunning {
 			<-f.ready
 			handle(t, c, 0, action.PostDump)
-			<-f.ready
+			select {
+			case <-f.ready:
+			case <-time.After(10 * time.Second):
+				t.Error("not with post-dump")
+			}
 			handle(t, c, 0, action.NetworkUnlock)
 		}
 		if err := c.End(nil); err != nil {
