@@ -119,6 +119,9 @@ func runGuard(args []string) int {
 			_ = logger.Warning(oneLine(fmt.Sprintf(format, a...))) // there is no other place
 		}
 	}
+	if err := keepOnly(stayingNeeds); err != nil {
+		log("the guard keeps all capabilities: %v", err)
+	}
 	if err := unix.CloseRange(guard.FirstFree, ^uint(0)>>1, unix.CLOSE_RANGE_CLOEXEC); err != nil {
 		log("close_range: %v", err)
 	}

@@ -282,6 +282,12 @@ func TestHoldByHand(t *testing.T) {
 	l := newLine(t)
 	run(t, "lock", "--pid", l.pid, "--mode", "hold").want(t, 0, "locked (nft), holding")
 	run(t, "lock", "--pid", l.pid, "--mode", "hold").want(t, 0, "already locked (nft), holding")
+	for _, pid := range holders(t) {
+		onlyNeeds(t, pid)
+	}
+	if len(holders(t)) == 0 {
+		t.Error("nobody holds")
+	}
 	l.send("a", "b")
 	l.expect()
 	run(t, "status", "--pid", l.pid, "--json").want(t, 0, `"mode": "hold"`, `"bound": true`, `"held": 2`)
