@@ -28,13 +28,15 @@ type fakeCRIU struct {
 
 func newCRIU(t *testing.T, env ...string) *fakeCRIU {
 	t.Helper()
-	const script = `while read a p; do
+	const script = `eval "$PREPARE" || exit
+while read a p; do
 	CRTOOLS_SCRIPT_ACTION=$a CRTOOLS_INIT_PID=$p CRTOOLS_IMAGE_DIR=/proc/$$/fd/3 "$1" 2>"$2"
 	echo $?
 done`
 	dir := t.TempDir()
 	c := &fakeCRIU{Cmd: exec.Command("sh", "-c", script, "criu", program, dir+"/log")}
 	c.Env = append(append(os.Environ(), env...), "LOG="+dir+"/log")
+	c.SysProcAttr = &unix.SysProcAttr{Unshareflags: unix.CLONE_NEWNS} // for PREPARE
 	var err error
 	if c.in, err = c.StdinPipe(); err != nil {
 		t.Fatal(err)
