@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/criu-netlock/criu-netlock/netlock"
 	"github.com/criu-netlock/criu-netlock/netlock/netlocktest"
 )
 
@@ -62,12 +63,96 @@ func newEnd(n *netlocktest.NS, own, other string) (e end, _ error) {
 	})
 }
 
-func sockaddr(s string) (int, unix.Sockaddr) {
+func sockaddr(s string) (int, unix.Sockaddr) { return sockaddrOf(s, port) }
+
+func sockaddrOf(s string, port int) (int, unix.Sockaddr) {
 	a := netip.MustParseAddr(s)
 	if a.Is4() {
 		return unix.AF_INET, &unix.SockaddrInet4{Port: port, Addr: a.As4()}
 	}
 	return unix.AF_INET6, &unix.SockaddrInet6{Port: port, Addr: a.As16()}
+}
+
+// parcel is what a lock of mode hold is to keep: datagrams from the Peer to a port of their own.
+type parcel struct{ recv, send int }
+
+const parcelPort = port + 1
+
+func newParcel(p *netlocktest.Pair, inside string) (k parcel, err error) {
+	family, to := sockaddrOf(inside, parcelPort)
+	err = p.Inside.Do(func() (err error) {
+		if k.recv, err = unix.Socket(family, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0); err != nil {
+			return err
+		}
+		return unix.Bind(k.recv, to)
+	})
+	if err != nil {
+		return k, err
+	}
+	return k, p.Peer.Do(func() (err error) {
+		if k.send, err = unix.Socket(family, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0); err != nil {
+			return err
+		}
+		return unix.Connect(k.send, to)
+	})
+}
+
+func (k parcel) close() {
+	unix.Close(k.recv)
+	unix.Close(k.send)
+}
+
+// arrived counts what has come since.
+func (l *lab) arrived() (n int) {
+	b := make([]byte, 16)
+	for _, k := range l.kept {
+		for {
+			_, _, err := unix.Recvfrom(k.recv, b, 0)
+			if err == nil {
+				n++
+			} else if err != unix.EINTR {
+				break
+			}
+		}
+	}
+	return n
+}
+
+// keep sends something to what holds, if it does, and waits until it is held.
+func (l *lab) keep() (sent int, err error) {
+	l.arrived()
+	was, err := l.state()
+	if err != nil || was.Mode != netlock.Hold || !was.Queue.Bound {
+		return 0, err
+	}
+	for range 3 {
+		for _, k := range l.kept {
+			if _, err := unix.Write(k.send, []byte("kept")); err != nil {
+				return sent, err
+			}
+			sent++
+		}
+	}
+	return sent, netlocktest.Until(func() (bool, error) {
+		st, err := l.state()
+		return st.Queue.Held >= was.Queue.Held+uint64(sent), err
+	})
+}
+
+// came checks, when the holder is dead, that nothing of what was held has passed a lock, and
+// that all of it has come if nothing happened to the holder and it was to deliver.
+func (l *lab) came(sent int, tr *trace, delivers bool) error {
+	n := l.arrived()
+	st, err := l.state()
+	switch {
+	case err != nil:
+		return err
+	case st.Locked && n > 0:
+		return fmt.Errorf("%d of %d held packets have passed, and it is %+v", n, sent, st)
+	case tr.point == (point{}) && delivers && n != sent:
+		return fmt.Errorf("%d of %d held packets were delivered", n, sent)
+	}
+	return nil
 }
 
 func (w *wire) close() {
