@@ -5,10 +5,18 @@ package faults
 import (
 	"errors"
 	"fmt"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/criu-netlock/criu-netlock/netlock"
+	"github.com/criu-netlock/criu-netlock/netlock/guard"
+	"github.com/criu-netlock/criu-netlock/netlock/netlocktest"
 )
 
 // hookCase is a hook, and what stands before it.
@@ -172,4 +180,133 @@ func (l *lab) follows(c *criu, h hookCase, follow string, unknown *class) error 
 func tampered(err error) bool {
 	var exit *exec.ExitError
 	return errors.As(err, &exit) && exit.ExitCode() == 9
+}
+
+// heldCase is a hook of a lock that keeps packets: its guard holds them.
+type heldCase struct {
+	hookCase
+	first []string // the hooks that come before
+}
+
+var heldCases = []heldCase{
+	{hookCase{"network-lock", false, true}, []string{"pre-dump"}},
+	{hookCase{"network-unlock", true, false}, []string{"pre-dump", "network-lock"}},
+	{hookCase{"setup-namespaces", false, true}, nil}, // which binds the queue and hands it to its guard
+	{hookCase{"post-restore", true, true}, []string{"setup-namespaces"}},
+}
+
+func TestHookKilledHolding(t *testing.T) {
+	together(t)
+	for _, b := range keeping() {
+		t.Run(b.name, func(t *testing.T) {
+			inside(t, func(t *testing.T) {
+				l := newLab(t, b.name, b.config)
+				l.configure(l.config)
+				for _, h := range heldCases {
+					l.killHolding(t, h)
+				}
+			}, "HIDE="+b.hide)
+		})
+	}
+}
+
+func (l *lab) killHolding(t *testing.T, h heldCase) {
+	clean := trace{}
+	if err := l.killedHolding(h, &clean, "again"); err != nil {
+		t.Fatalf("%s: %v", h.action, err)
+	}
+	c := theTable.class("hook killed, holding packets")
+	defer c.wantPoints(t, c.points)
+	for i, p := range choose(clean.points(), 6) {
+		p.done = i/len(follows)%2 == 1
+		tr := trace{point: p}
+		follow := follows[i%len(follows)]
+		err := l.killedHolding(h, &tr, follow)
+		if !tr.hit {
+			c.note(notComeBy, 1)
+			if err == nil {
+				continue
+			}
+		}
+		c.points++
+		if err != nil {
+			c.wrong++
+			t.Errorf("%s, %v, then %s: %v", h.action, p, follow, err)
+		}
+	}
+}
+
+// killedHolding runs a hook under the tracer and then what follows, with a guard that lives
+// on, unless it is the hook that starts it: then it is killed too, or left alone by CRIU.
+func (l *lab) killedHolding(h heldCase, tr *trace, follow string) (err error) {
+	l.unlocked()
+	l.noGuards()
+	c := l.newCRIU()
+	defer func() {
+		c.die()
+		err = errors.Join(err, quiet(guards)) // they have settled what CRIU has left
+		l.noGuards()
+	}()
+	for _, a := range h.first {
+		if r, err := l.hook(c, a, nil); err != nil || r.code != 0 {
+			return unexpected("before", r, err)
+		}
+	}
+	sent, err := l.keep()
+	if err != nil {
+		return err
+	}
+	if h.before && sent == 0 {
+		return errors.New("nothing is held")
+	}
+	r, err := l.hook(c, h.action, tr)
+	if h.first == nil {
+		if follow == "gc" {
+			c.die()
+			err = errors.Join(err, quiet(guards))
+		}
+		for _, pid := range processes(guards) {
+			_ = unix.Kill(pid, unix.SIGKILL)
+		}
+	}
+	if err = errors.Join(err, tr.wait(), quiet(tools)); err != nil {
+		return fmt.Errorf("%v: %w", r, err)
+	}
+	if r.code != 0 && (r.code != 137 || !tr.hit) {
+		return fmt.Errorf("the hook: %v", r)
+	}
+	// A guard can still be at what the hook has asked for.
+	var st netlock.State
+	var last error
+	n := 0
+	if err := netlocktest.Until(func() (bool, error) {
+		if _, _, last = l.holds(); last == nil {
+			n += l.arrived()
+			st, last = l.state()
+		}
+		return last == nil, nil
+	}); err != nil {
+		return fmt.Errorf("after %v: %w", r, last)
+	}
+	switch {
+	case n > 0 && st.Locked:
+		return fmt.Errorf("%d of %d held packets have passed, and it is %+v", n, sent, st)
+	case r.code == 0 && !h.after && n != sent:
+		return fmt.Errorf("%d of %d held packets were delivered", n, sent)
+	}
+	if follow == "gc" {
+		c.die()
+		if err := quiet(guards); err != nil {
+			return err
+		}
+	}
+	return l.follows(c, h.hookCase, follow, nil)
+}
+
+// noGuards removes what guards that were killed have left.
+func (l *lab) noGuards() {
+	names, _ := filepath.Glob(guard.Dir + "/*")
+	for _, name := range names {
+		_ = os.Remove(name)
+	}
 }
