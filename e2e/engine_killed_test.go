@@ -155,3 +155,41 @@ func TestEngineKilled(t *testing.T) {
 		}
 	}
 }
+
+// runc killed, with action scripts alone: CRIU, whose client it is, gives up at its next
+// notification, and what it cannot unlock any more its guard does.
+func TestRuncKilled(t *testing.T) {
+	dumps, restores := []string{"network-lock"}, []string{"post-restore"}
+	if *everyHook {
+		dumps = []string{"pre-dump", "network-lock", "post-dump", "network-unlock"}
+		restores = []string{"pre-restore", "setup-namespaces", "post-setup-namespaces", "post-restore", "network-unlock", "pre-resume", "post-resume"}
+	}
+	for _, hook := range dumps {
+		t.Run("dump/"+hook, func(t *testing.T) {
+			r := newRun(t, "runc", "skip")
+			r.kills("runc", hook, func() error { return r.e.Dump(r.ctx, true) })
+			r.unlocks()
+			r.flows("after runc was killed")
+			want(t, r.dump("", true), "pre-dump", "network-lock", "post-dump", "network-unlock")
+			r.finish()
+		})
+	}
+	for _, hook := range restores {
+		t.Run("restore/"+hook, func(t *testing.T) {
+			r := newRun(t, "runc", "skip")
+			r.dump("", false)
+			r.kills("runc", hook, func() error { return r.e.Restore(r.ctx) })
+			if restored := r.workloads(); len(restored) != 0 {
+				t.Logf("restored: %q", restored)
+				r.unlocks()
+				r.flows("restored")
+				r.killHalfRestored()
+				return
+			}
+			r.dead()
+			r.killHalfRestored()
+			r.restore("")
+			r.finish()
+		})
+	}
+}

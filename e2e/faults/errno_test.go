@@ -39,17 +39,7 @@ func (l *lab) refuseHook(t *testing.T, h hookCase) {
 		tr := trace{point: p}
 		follow := follows[i%len(follows)]
 		err := l.refused(h, &tr, follow, c)
-		if !tr.hit {
-			c.note(notComeBy, 1)
-			if err == nil {
-				continue
-			}
-		}
-		c.points++
-		if err != nil {
-			c.wrong++
-			t.Errorf("%s, %v, then %s: %v", h.action, p, follow, err)
-		}
+		c.at(t, &tr, err, "%s, %v, then %s", h.action, p, follow)
 	}
 }
 

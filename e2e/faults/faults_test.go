@@ -156,6 +156,19 @@ func (ta *table) class(name string) *class {
 	return c
 }
 
+// at counts a point that was tried. One that the run did not
+// come by is none, unless something was wrong all the same.
+func (c *class) at(t *testing.T, tr *trace, err error, where string, args ...any) {
+	t.Helper()
+	if !tr.hit {
+		c.note(notComeBy, 1)
+		if err == nil {
+			return
+		}
+	}
+	c.tried(t, fmt.Sprintf(where, args...), err)
+}
+
 // note counts something worth a word that is not wrong.
 func (c *class) note(what string, times int) {
 	if c == nil {

@@ -81,17 +81,7 @@ func (l *lab) killGuard(t *testing.T, g guardCase) {
 			tr = trace{point: p}
 			err = l.guarded(g, &tr, i%2 == 1)
 		}
-		if !tr.hit {
-			c.note(notComeBy, 1)
-			if err == nil {
-				continue
-			}
-		}
-		c.points++
-		if err != nil {
-			c.wrong++
-			t.Errorf("%s, %v: %v", g.name, p, err)
-		}
+		c.at(t, &tr, err, "%s, %v", g.name, p)
 	}
 }
 

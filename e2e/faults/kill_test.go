@@ -63,17 +63,7 @@ func (l *lab) killHook(t *testing.T, h hookCase) {
 			p.done = (i+j)%2 == 1 // of two threads one can be at the next call before the other is done
 			tr := trace{point: p}
 			err := l.killed(h, &tr, follow, c)
-			if !tr.hit {
-				c.note(notComeBy, 1)
-				if err == nil {
-					continue
-				}
-			}
-			c.points++
-			if err != nil {
-				c.wrong++
-				t.Errorf("%s, %v, then %s: %v", h.action, p, follow, err)
-			}
+			c.at(t, &tr, err, "%s, %v, then %s", h.action, p, follow)
 		}
 	}
 }
@@ -222,17 +212,7 @@ func (l *lab) killHolding(t *testing.T, h heldCase) {
 		tr := trace{point: p}
 		follow := follows[i%len(follows)]
 		err := l.killedHolding(h, &tr, follow)
-		if !tr.hit {
-			c.note(notComeBy, 1)
-			if err == nil {
-				continue
-			}
-		}
-		c.points++
-		if err != nil {
-			c.wrong++
-			t.Errorf("%s, %v, then %s: %v", h.action, p, follow, err)
-		}
+		c.at(t, &tr, err, "%s, %v, then %s", h.action, p, follow)
 	}
 }
 

@@ -127,6 +127,8 @@ type facts struct {
 	policy    Policy
 	// abandoned: the client is gone, who would have said that a restored task lives.
 	abandoned bool
+	// letGo: CRIU had restored the task and let it go, without network-unlock.
+	letGo bool
 	// working: CRIU is not known, and may be at work on the task.
 	working bool
 }
@@ -138,7 +140,7 @@ func decide(f facts) verdict {
 		return over
 	case f.alive && f.working:
 		return wait
-	case f.phase == Restore && f.alive && f.abandoned:
+	case f.phase == Restore && f.alive && (f.abandoned || f.letGo):
 		return release
 	case f.phase == Restore:
 		// Tasks that are still there are half restored and wait for CRIU for ever.
@@ -227,6 +229,9 @@ func (g *Guard) hook(r Request) Answer {
 	}
 	defer t.done()
 	a := g.Hook(r)
+	if r.Action == "post-restore" && a.Code == 0 {
+		g.place.restored.Store(true)
+	}
 	// After an unlock that worked a dump is over; a restore's is when post-resume has
 	// looked, or when CRIU goes.
 	a.over = a.Code == 0 && (r.Action == "network-unlock" && g.Phase == Dump || r.Action == "post-resume")
@@ -296,6 +301,7 @@ func (g *Guard) once() (verdict, error) {
 	if f.alive {
 		f.stopped, f.frozen = Stopped(g.Task), Frozen(g.Task)
 		f.working = g.CRIU == 0 && (g.Phase == Dump && traced(g.Task) || g.Phase == Restore && time.Since(g.gone) < restoreTime)
+		f.letGo = g.Phase == Restore && g.place.restored.Load() && !f.working && letGo(g.Task)
 	}
 	v := decide(f)
 	switch v {

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -116,6 +117,9 @@ func trusted(dir string) error {
 }
 
 type server struct {
+	// restored: post-restore has succeeded, after which CRIU lets the tasks go.
+	restored atomic.Bool
+
 	l    *net.UnixListener
 	path string
 }
@@ -142,7 +146,7 @@ func listen(dir, name string) (*server, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &server{l, path}, nil
+	return &server{l: l, path: path}, nil
 }
 
 func alive(path string) bool {
