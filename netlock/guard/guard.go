@@ -21,6 +21,7 @@ import (
 	"fmt"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -101,6 +102,8 @@ type Guard struct {
 
 	place *server
 	gone  time.Time // when CRIU, or its client, was gone
+	// restored: post-restore has succeeded, after which CRIU lets the tasks go.
+	restored atomic.Bool
 }
 
 // verdict is what is to be done when CRIU is gone.
@@ -230,7 +233,7 @@ func (g *Guard) hook(r Request) Answer {
 	defer t.done()
 	a := g.Hook(r)
 	if r.Action == "post-restore" && a.Code == 0 {
-		g.place.restored.Store(true)
+		g.restored.Store(true)
 	}
 	// After an unlock that worked a dump is over; a restore's is when post-resume has
 	// looked, or when CRIU goes.
@@ -301,7 +304,7 @@ func (g *Guard) once() (verdict, error) {
 	if f.alive {
 		f.stopped, f.frozen = Stopped(g.Task), Frozen(g.Task)
 		f.working = g.CRIU == 0 && (g.Phase == Dump && traced(g.Task) || g.Phase == Restore && time.Since(g.gone) < restoreTime)
-		f.letGo = g.Phase == Restore && g.place.restored.Load() && !f.working && letGo(g.Task)
+		f.letGo = f.found && g.Phase == Restore && g.restored.Load() && !f.working && letGo(g.Task, g.TaskFD)
 	}
 	v := decide(f)
 	switch v {

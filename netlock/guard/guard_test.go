@@ -38,6 +38,8 @@ func TestDecide(t *testing.T) {
 		"restore failed, half a task is there": {facts{phase: Restore, found: true, alive: true, policy: Previous, wasLocked: true}, keep},
 		"restore failed, keep":                 {facts{phase: Restore, found: true, policy: Keep}, keep},
 		"restore failed, unlock":               {facts{phase: Restore, found: true, policy: Unlock, wasLocked: true}, release},
+		"CRIU gone, had let the task go":       {facts{phase: Restore, found: true, alive: true, letGo: true, wasLocked: true, policy: Previous}, release},
+		"CRIU gone, had let it go, dead":       {facts{phase: Restore, found: true, letGo: true, wasLocked: true, policy: Previous}, keep},
 		"client killed, CRIU has the task":     {facts{phase: Dump, found: true, alive: true, abandoned: true, working: true}, wait},
 		"client killed, CRIU has let go":       {facts{phase: Dump, found: true, alive: true, abandoned: true}, release},
 		"client killed, dumped":                {facts{phase: Dump, found: true, abandoned: true, working: true}, keep},
@@ -387,7 +389,7 @@ func TestTwoGuardsAgree(t *testing.T) {
 func TestTaken(t *testing.T) {
 	l := newLab(t, Dump, tempDir(t), namespace(t))
 	l.start(t)
-	second := *l.Guard
+	second := Guard{Checkpoint: l.Guard.Checkpoint, Dir: l.Guard.Dir}
 	if err := second.Serve(); !errors.Is(err, ErrTaken) {
 		t.Errorf("a second guard of one checkpoint: %v", err)
 	}

@@ -7,38 +7,41 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/criu-netlock/criu-netlock/netlock"
 )
 
-// letGo tells whether CRIU, which is gone, has let a task go that it restored. A task that it
-// has not waits for ever in the restorer, code that CRIU has put into it and which is unmapped
-// at the very end: in a futex, called from memory that is anonymous, writable and executable.
-func letGo(pid int) bool {
+// letGo tells whether CRIU, which is gone, has let a task go that it restored, and the task
+// lives. One that it has not waits for ever in the restorer, code that CRIU has put into it and
+// which is unmapped at the very end: in a futex, called from memory that is anonymous,
+// writable and executable. Where that cannot be told the answer is no.
+func letGo(pid, pidfd int) bool {
 	const looks, pause = 20, 5 * time.Millisecond // it may be on its way there
 	for range looks {
-		if inRestorer(pid) {
+		if in, err := inRestorer(pid); in || err != nil {
 			return false
 		}
 		time.Sleep(pause)
 	}
-	return true
+	return !netlock.Dead(pidfd) // it may have been about to die
 }
 
-func inRestorer(pid int) bool {
+func inRestorer(pid int) (bool, error) {
 	dir := "/proc/" + strconv.Itoa(pid)
 	s, err := os.ReadFile(dir + "/syscall")
 	if err != nil {
-		return false
+		return false, err
 	}
 	f := strings.Fields(string(s))
 	if len(f) < 3 || f[0] != strconv.Itoa(unix.SYS_FUTEX) { // "running" is one word
-		return false
+		return false, nil
 	}
 	pc, err := strconv.ParseUint(f[len(f)-1], 0, 64)
 	if err != nil {
-		return false
+		return false, err
 	}
 	maps, err := os.ReadFile(dir + "/maps")
-	return err == nil && restorerAt(string(maps), pc)
+	return err == nil && restorerAt(string(maps), pc), err
 }
 
 // restorerAt tells whether the restorer can be what the maps have at an address.

@@ -11,7 +11,6 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -117,9 +116,6 @@ func trusted(dir string) error {
 }
 
 type server struct {
-	// restored: post-restore has succeeded, after which CRIU lets the tasks go.
-	restored atomic.Bool
-
 	l    *net.UnixListener
 	path string
 }
@@ -146,7 +142,7 @@ func listen(dir, name string) (*server, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &server{l: l, path: path}, nil
+	return &server{l, path}, nil
 }
 
 func alive(path string) bool {
