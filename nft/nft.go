@@ -777,14 +777,10 @@ func (b *Backend) Unlock(ctx context.Context, ns *netlock.Namespace, o netlock.O
 
 // Ready does a part of what an unlock of a lock that nobody has touched does.
 func (b *Backend) Ready(ctx context.Context, ns *netlock.Namespace) {
-	conn, ok := ns.Take(left{}).(leftConn)
-	if !ok {
-		return
-	}
-	_, _ = conn.Conn.Ask(ctx, nfnl.Request{Cmd: unix.NFT_MSG_GETGEN})
-	if !ns.Leave(left{}, conn) {
-		_ = conn.Close() // nothing is lost with it
-	}
+	_ = b.in(ctx, ns, netlock.Options{}, func(s *session) error { // the unlock will say what is wrong
+		_, err := s.conn.Ask(s.ctx, nfnl.Request{Cmd: unix.NFT_MSG_GETGEN})
+		return err
+	})
 }
 
 func (s *session) unlock() (st netlock.State, err error) {

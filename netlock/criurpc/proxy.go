@@ -280,9 +280,7 @@ func (r *relay) notification(ctx context.Context, m fromPeer, hears bool) error 
 	if op == action.Unlock || op == action.Sweep {
 		if r.wants && hears {
 			r.pending = name
-			err := toClient()
-			r.c.getReady() // while the client is busy
-			return err
+			return toClient()
 		}
 		_, err := r.c.Handle(ctx, name, pid)
 		return r.answer(ctx, err == nil)
