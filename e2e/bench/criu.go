@@ -16,14 +16,7 @@ import (
 
 // inCRIU dumps a container with criu dump --leave-running, under one lock after the
 // other, and reads from CRIU's log how long its hooks and the freeze took.
-func inCRIU(program string, dumps int) (err error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Minute)
-	defer cancel()
-	s, err := enterTestbed(ctx, program, testbed.Default(), (*testbed.Root).Enter)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, s.Close()) }()
+func inCRIU(ctx context.Context, s *testbed.Session, dumps int) error {
 	n, err := s.NewNet(ctx, "bench")
 	if err != nil {
 		return err

@@ -14,6 +14,17 @@ import (
 	"github.com/criu-netlock/criu-netlock/netlock/config"
 )
 
+// inTestbed runs f in a session of its own.
+func inTestbed(program string, recipe testbed.Recipe, enter func(*testbed.Root, context.Context) (*testbed.Session, error), f func(context.Context, *testbed.Session) error) error {
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Minute)
+	defer cancel()
+	s, err := enterTestbed(ctx, program, recipe, enter)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f(ctx, s), s.Close())
+}
+
 // enterTestbed opens a session that has the workload, and the program that was built.
 func enterTestbed(ctx context.Context, program string, recipe testbed.Recipe, enter func(*testbed.Root, context.Context) (*testbed.Session, error)) (*testbed.Session, error) {
 	root, err := recipe.Ensure(ctx, func(s string) { fmt.Fprintln(os.Stderr, s) })
@@ -64,14 +75,7 @@ type dumper interface {
 }
 
 // feltRunc has a client feel dumps by runc.
-func feltRunc(program string, dumps int) (err error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Minute)
-	defer cancel()
-	s, err := enterTestbed(ctx, program, testbed.Default(), (*testbed.Root).Enter)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, s.Close()) }()
+func feltRunc(ctx context.Context, s *testbed.Session, dumps int) error {
 	n, err := s.NewNet(ctx, "peer")
 	if err != nil {
 		return err
@@ -86,14 +90,7 @@ func feltRunc(program string, dumps int) (err error) {
 }
 
 // feltPodman has a client feel dumps by podman, with runc.
-func feltPodman(program string, dumps int) (err error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Minute)
-	defer cancel()
-	s, err := enterTestbed(ctx, program, testbed.Engines(), (*testbed.Root).EnterApart)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, s.Close()) }()
+func feltPodman(ctx context.Context, s *testbed.Session, dumps int) error {
 	n, err := s.NewLAN(ctx, "peer")
 	if err != nil {
 		return err

@@ -23,6 +23,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/criu-netlock/criu-netlock/cmd/criu-netlock/early/link"
+	"github.com/criu-netlock/criu-netlock/e2e/testbed"
 	"github.com/criu-netlock/criu-netlock/iptables"
 	"github.com/criu-netlock/criu-netlock/netlock"
 	"github.com/criu-netlock/criu-netlock/nft"
@@ -67,6 +68,9 @@ func run(parts string, rounds, dumps, times int, data string) error {
 	uts := unix.Utsname{}
 	_ = unix.Uname(&uts)
 	fmt.Printf("Linux %s, %d CPUs, %s, medians of %d rounds\n", unix.ByteSliceToString(uts.Release[:]), runtime.NumCPU(), runtime.Version(), rounds)
+	bare := func(part func(context.Context, *testbed.Session, int) error) error {
+		return inTestbed(program, testbed.Default(), (*testbed.Root).Enter, func(ctx context.Context, s *testbed.Session) error { return part(ctx, s, dumps) })
+	}
 	for _, p := range strings.Split(parts, ",") {
 		fmt.Println()
 		switch p {
@@ -79,15 +83,15 @@ func run(parts string, rounds, dumps, times int, data string) error {
 		case "namespaces":
 			err = manyNamespaces()
 		case "criu":
-			err = inCRIU(program, dumps)
+			err = bare(inCRIU)
 		case "restores":
-			err = restores(program, dumps)
+			err = bare(restores)
 		case "windows":
 			err = feltWindows(dir, times, data)
 		case "runc":
-			err = feltRunc(program, dumps)
+			err = bare(feltRunc)
 		case "podman":
-			err = feltPodman(program, dumps)
+			err = inTestbed(program, testbed.Engines(), (*testbed.Root).EnterApart, func(ctx context.Context, s *testbed.Session) error { return feltPodman(ctx, s, dumps) })
 		default:
 			err = fmt.Errorf("unknown part %q", p)
 		}

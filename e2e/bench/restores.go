@@ -22,14 +22,7 @@ type restoreWay struct {
 
 // restores dumps and restores a container, by CRIU and by runc, under each lock in turn,
 // and reads from CRIU's log how long a restored container waits for its network.
-func restores(program string, rounds int) (err error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Minute)
-	defer cancel()
-	s, err := enterTestbed(ctx, program, testbed.Default(), (*testbed.Root).Enter)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, s.Close()) }()
+func restores(ctx context.Context, s *testbed.Session, rounds int) error {
 	if err := os.WriteFile(s.Path(config.DefaultPath), nil, 0o644); err != nil {
 		return err
 	}

@@ -92,10 +92,8 @@ func (l *lab) guarded(g guardCase, tr *trace, gc bool) (err error) {
 	l.noGuards()
 	c := l.newCRIU()
 	defer c.die()
-	for _, a := range g.before {
-		if r, err := l.hook(c, a, nil); err != nil || r.code != 0 {
-			return unexpected("before", r, err)
-		}
+	if err := l.before(c, g.before...); err != nil {
+		return err
 	}
 	sent, err := l.keep()
 	if err != nil {

@@ -227,10 +227,8 @@ func (l *lab) killedHolding(h heldCase, tr *trace, follow string) (err error) {
 		err = errors.Join(err, quiet(guards)) // they have settled what CRIU has left
 		l.noGuards()
 	}()
-	for _, a := range h.first {
-		if r, err := l.hook(c, a, nil); err != nil || r.code != 0 {
-			return unexpected("before", r, err)
-		}
+	if err := l.before(c, h.first...); err != nil {
+		return err
 	}
 	sent, err := l.keep()
 	if err != nil {

@@ -290,6 +290,16 @@ func (c *criu) number() (int, error) {
 	return strconv.Atoi(strings.TrimSpace(s))
 }
 
+// before runs the hooks that come before the one that matters.
+func (l *lab) before(c *criu, actions ...string) error {
+	for _, a := range actions {
+		if r, err := l.hook(c, a, nil); err != nil || r.code != 0 {
+			return unexpected("before", r, err)
+		}
+	}
+	return nil
+}
+
 // command runs the program as a command.
 func (l *lab) command(args ...string) (string, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
