@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/criu-netlock/criu-netlock/cmd/criu-netlock/setup"
+	"github.com/criu-netlock/criu-netlock/cmd/internal/wire"
 	"github.com/criu-netlock/criu-netlock/iptables"
 	"github.com/criu-netlock/criu-netlock/netlock"
 	"github.com/criu-netlock/criu-netlock/netlock/config"
@@ -38,15 +39,15 @@ type checker struct {
 }
 
 func (k *checker) ok(what, format string, args ...any) {
-	k.Findings = append(k.Findings, finding{"ok", what, oneLine(fmt.Sprintf(format, args...)), ""})
+	k.Findings = append(k.Findings, finding{"ok", what, wire.OneLine(fmt.Sprintf(format, args...)), ""})
 }
 
 func (k *checker) warn(what, advice, format string, args ...any) {
-	k.Findings = append(k.Findings, finding{"warning", what, oneLine(fmt.Sprintf(format, args...)), advice})
+	k.Findings = append(k.Findings, finding{"warning", what, wire.OneLine(fmt.Sprintf(format, args...)), advice})
 }
 
 func (k *checker) fail(kind netlock.Kind, what, advice, format string, args ...any) {
-	f := finding{"failed", what, oneLine(fmt.Sprintf(format, args...)), advice}
+	f := finding{"failed", what, wire.OneLine(fmt.Sprintf(format, args...)), advice}
 	k.Findings = append(k.Findings, f)
 	if k.err == nil {
 		k.err = &netlock.Error{Kind: kind, Op: "check", Err: errors.New(what + ": " + f.Finding), Hint: advice}
@@ -71,7 +72,7 @@ func advised(err error, otherwise string) (text, advice string) {
 	text = told(err)
 	var e *netlock.Error
 	if errors.As(err, &e) && e.Hint != "" {
-		if rest, ok := strings.CutSuffix(text, "; "+oneLine(e.Hint)); ok {
+		if rest, ok := strings.CutSuffix(text, "; "+wire.OneLine(e.Hint)); ok {
 			return rest, e.Hint
 		}
 	}
@@ -429,7 +430,7 @@ func (k *checker) targets(cfg config.Config, ts []target) {
 	l := newLocker(cfg, parent())
 	for _, t := range ts {
 		st, err := timed(cfg.Timeout, func(ctx context.Context) (netlock.State, error) { return l.State(ctx, t.ns) })
-		what := oneLine(t.String())
+		what := wire.OneLine(t.String())
 		switch {
 		case err != nil:
 			text, advice := advised(err, "criu-netlock status tells more about it")

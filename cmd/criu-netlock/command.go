@@ -412,7 +412,7 @@ func (c *cli) report(os []outcome) error {
 		if o.err != nil && o.Result == failed {
 			continue // its line is on stderr
 		}
-		fmt.Fprintf(&b, "net:[%d] (%s): %s", o.Netns, oneLine(o.Target), o.Result)
+		fmt.Fprintf(&b, "net:[%d] (%s): %s", o.Netns, wire.OneLine(o.Target), o.Result)
 		if o.Backend != nil {
 			fmt.Fprintf(&b, " (%s)", *o.Backend)
 		}
@@ -625,12 +625,12 @@ func statusText(t target, st netlock.State) string {
 	case st.Found:
 		head = "not locked, but what a lock leaves is there"
 	}
-	fmt.Fprintf(&b, "%s: %s\n", oneLine(t.String()), head)
+	fmt.Fprintf(&b, "%s: %s\n", wire.OneLine(t.String()), head)
 	if !st.Found {
 		return b.String()
 	}
 	line := func(name, format string, args ...any) {
-		fmt.Fprintf(&b, "  %-10s %s\n", name, oneLine(fmt.Sprintf(format, args...)))
+		fmt.Fprintf(&b, "  %-10s %s\n", name, wire.OneLine(fmt.Sprintf(format, args...)))
 	}
 	line("backend", "%s", st.Backend)
 	if st.Locked {

@@ -63,7 +63,7 @@ func runCRIU(args []string) int {
 	if err == nil {
 		err = os.NewSyscallError("exec "+path, syscall.Exec(path, append([]string{criuName}, args...), os.Environ()))
 	}
-	early.Say("criu-netlock criu: " + oneLine(err.Error()) + "\n")
+	early.Say("criu-netlock criu: " + wire.OneLine(err.Error()) + "\n")
 	return 1
 }
 
@@ -191,7 +191,7 @@ const (
 // runProxyStart starts the process in between and leaves it alone.
 func runProxyStart(args []string) int {
 	if _, err := startProxy(proxyArg, args, fdClient, fdHandover); err != nil {
-		early.Say("criu-netlock: " + oneLine(err.Error()) + "\n")
+		early.Say("criu-netlock: " + wire.OneLine(err.Error()) + "\n")
 		return 1
 	}
 	return 0
@@ -201,7 +201,7 @@ func runProxyStart(args []string) int {
 func runProxy(args []string) int {
 	runtime.GOMAXPROCS(1) // one thing after another; to wake a second thread takes longer than the thing
 	if err := proxy(args); err != nil {
-		early.Say("criu-netlock: between criu swrk and its client: " + oneLine(err.Error()) + "\n")
+		early.Say("criu-netlock: between criu swrk and its client: " + wire.OneLine(err.Error()) + "\n")
 		return netlock.ExitCode(err)
 	}
 	return 0

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/criu-netlock/criu-netlock/cmd/criu-netlock/early"
+	"github.com/criu-netlock/criu-netlock/cmd/internal/wire"
 	"github.com/criu-netlock/criu-netlock/netlock"
 )
 
@@ -61,23 +62,13 @@ func write(fd int, s string) error {
 	return nil
 }
 
-// oneLine keeps joined errors, and whatever a user gave, on one line.
-func oneLine(s string) string {
-	return strings.Map(func(r rune) rune {
-		if r < ' ' || r == 0x7f {
-			return ' '
-		}
-		return r
-	}, strings.ReplaceAll(s, "\n", "; "))
-}
-
 // told is an error as it is printed: on one line, and the same story once. Where a
 // capability is missing, every backend says so.
 func told(err error) string {
 	var stories []string
 	missing := map[string]int{} // advice to the place among stories of who gave it
 	for _, e := range joined(err) {
-		text := oneLine(e.Error())
+		text := wire.OneLine(e.Error())
 		var n *netlock.Error
 		if errors.As(e, &n) && n.Kind == netlock.KindPrivilege {
 			key := n.Namespace + n.Hint

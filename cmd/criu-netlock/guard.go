@@ -116,10 +116,10 @@ func runGuard(args []string) int {
 	logger, logErr := syslog.New(syslog.LOG_DAEMON|syslog.LOG_WARNING, "criu-netlock")
 	log := func(format string, a ...any) {
 		if logErr == nil {
-			_ = logger.Warning(oneLine(fmt.Sprintf(format, a...))) // there is no other place
+			_ = logger.Warning(wire.OneLine(fmt.Sprintf(format, a...))) // there is no other place
 		}
 	}
-	if err := keepOnly(stayingNeeds); err != nil {
+	if err := shedCapabilities(); err != nil {
 		log("the guard keeps all capabilities: %v", err)
 	}
 	if err := unix.CloseRange(guard.FirstFree, ^uint(0)>>1, unix.CLOSE_RANGE_CLOEXEC); err != nil {
@@ -127,7 +127,7 @@ func runGuard(args []string) int {
 	}
 	c, ready, over, err := guard.Inherited(args)
 	if err != nil {
-		early.Say(oneLine(err.Error()) + "\n")
+		early.Say(wire.OneLine(err.Error()) + "\n")
 		return netlock.ExitCode(&netlock.Error{Kind: netlock.KindInput, Err: err})
 	}
 	cfg, err := loadConfig(config.Path(os.LookupEnv))

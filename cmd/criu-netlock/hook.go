@@ -176,7 +176,7 @@ func (h hookCall) line(levelName string, ev action.Event, rep action.Report, don
 		attrs = append(attrs, slog.Int("guard", h.guard))
 	}
 	if unguarded != nil {
-		attrs = append(attrs, slog.String("guard_err", oneLine(unguarded.Error())))
+		attrs = append(attrs, slog.String("guard_err", wire.OneLine(unguarded.Error())))
 	}
 	if err != nil {
 		attrs = append(attrs, slog.String("err", told(err)))

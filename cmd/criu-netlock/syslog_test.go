@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/criu-netlock/criu-netlock/netlock/config"
 )
 
 // systemLog takes the place of the system log for the guards of a CRIU, whose /run is its own.
@@ -66,7 +68,7 @@ func TestSystemLog(t *testing.T) {
 
 	conf := file(t, "netlock.toml", "backend = \"iptables\"\ntimeout = \"1s\"\nguard-timeout = \"1s\"\n")
 	log, prepare = newSystemLog(t)
-	c = newCRIU(t, append(prepare, "CRIU_NETLOCK_CONFIG="+conf)...)
+	c = newCRIU(t, append(prepare, config.EnvPath+"="+conf)...)
 	c.ok(t, s.pid, "pre-dump", "network-lock")
 	// xtables' own lock, held by somebody who does not give it back.
 	f, err := os.OpenFile("/proc/"+strconv.Itoa(c.Process.Pid)+"/root/run/xtables.lock", os.O_RDWR, 0)

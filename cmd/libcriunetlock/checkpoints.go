@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"strings"
 	"sync"
 	"time"
 
@@ -131,10 +130,10 @@ func line(levelName string, e criurpc.Entry) []byte {
 		slog.String("backend", e.Report.Backend), slog.String("result", e.Report.Result), slog.Int64("duration_us", e.Took.Microseconds()))
 	r.AddAttrs(held...)
 	if e.Unguarded != nil {
-		r.AddAttrs(slog.String("guard_err", oneLine(e.Unguarded)))
+		r.AddAttrs(slog.String("guard_err", wire.OneLine(e.Unguarded.Error())))
 	}
 	if e.Err != nil {
-		r.AddAttrs(slog.String("err", oneLine(e.Err)))
+		r.AddAttrs(slog.String("err", wire.OneLine(e.Err.Error())))
 	}
 	var b bytes.Buffer
 	if slog.NewTextHandler(&b, nil).Handle(context.Background(), r) != nil {
@@ -142,5 +141,3 @@ func line(levelName string, e criurpc.Entry) []byte {
 	}
 	return b.Bytes()
 }
-
-func oneLine(err error) string { return strings.ReplaceAll(err.Error(), "\n", "; ") }

@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"unsafe"
 
+	"github.com/criu-netlock/criu-netlock/cmd/internal/wire"
 	"github.com/criu-netlock/criu-netlock/netlock"
 )
 
@@ -30,7 +31,7 @@ func call(text *C.char, size C.size_t, f func() error) C.int {
 		return 0
 	}
 	b := unsafe.Slice((*byte)(unsafe.Pointer(text)), size)
-	b[copy(b[:size-1], oneLine(err))] = 0
+	b[copy(b[:size-1], wire.OneLine(err.Error()))] = 0
 	return -C.int(max(1, netlock.ExitCode(err)))
 }
 

@@ -2,11 +2,8 @@ package wire
 
 import (
 	"errors"
-	"log/slog"
-	"strings"
 
 	"github.com/criu-netlock/criu-netlock/netlock"
-	"github.com/criu-netlock/criu-netlock/netlock/action"
 	"github.com/criu-netlock/criu-netlock/netlock/config"
 	"github.com/criu-netlock/criu-netlock/netlock/guard"
 	"github.com/criu-netlock/criu-netlock/netlock/hold"
@@ -40,23 +37,3 @@ func Mode(cfg config.Config, phase guard.Phase, k *nft.Kernel, leavesRunning, du
 	}
 	return netlock.Hold, nil
 }
-
-// HoldAttrs is what a log is told of mode hold, and whether it is a warning.
-func HoldAttrs(rep action.Report) (attrs []slog.Attr, warn bool) {
-	if rep.Mode == netlock.Hold {
-		attrs = append(attrs, slog.String("mode", string(rep.Mode)))
-	}
-	if rep.NotHeld != nil {
-		attrs = append(attrs, slog.String("mode", string(rep.Mode)), slog.String("not_held", oneLine(rep.NotHeld)))
-	}
-	if rep.NotDelivered != nil {
-		attrs = append(attrs, slog.String("not_delivered", oneLine(rep.NotDelivered)))
-	}
-	if q := rep.Queue; q != (netlock.Queue{}) {
-		attrs = append(attrs, slog.Uint64("delivered", q.Delivered), slog.Uint64("overflowed", q.Overflowed), slog.Uint64("lost", q.Lost))
-		warn = q.Overflowed > 0 || q.Lost > 0
-	}
-	return attrs, warn || rep.NotHeld != nil || rep.NotDelivered != nil
-}
-
-func oneLine(err error) string { return strings.ReplaceAll(err.Error(), "\n", "; ") }

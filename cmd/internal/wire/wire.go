@@ -1,5 +1,5 @@
-// Package wire chooses the backends of a configuration. It is the only place where they
-// are wired.
+// Package wire is what the program and the C library make of a configuration: the backends,
+// which are wired here alone, the mode of a lock, and what a log is told of it.
 package wire
 
 import (
