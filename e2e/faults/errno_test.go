@@ -19,14 +19,14 @@ func TestHookRefused(t *testing.T) {
 }
 
 func (l *lab) refuseHook(t *testing.T, h hookCase) {
-	clean := trace{}
-	if err := l.refused(h, &clean, "again", nil); err != nil {
+	points, err := clean(func(tr *trace) error { return l.refused(h, tr, "again", nil) })
+	if err != nil {
 		t.Fatalf("%s: %v", h.action, err)
 	}
 	c := theTable.class("hook refused, " + l.backend)
 	defer c.wantPoints(t, c.points)
 	var faults []point
-	for _, p := range clean.points() {
+	for _, p := range points {
 		known, ok := calls()[p.nr]
 		if !ok && !noise(p.nr) {
 			t.Errorf("%s: with what can %s fail?", h.action, callName(p.nr))
@@ -36,10 +36,9 @@ func (l *lab) refuseHook(t *testing.T, h hookCase) {
 		}
 	}
 	for i, p := range some(faults, 25) {
-		tr := trace{point: p}
 		follow := follows[i%len(follows)]
-		err := l.refused(h, &tr, follow, c)
-		c.at(t, &tr, err, "%s, %v, then %s", h.action, p, follow)
+		tr, err := at(p, func(tr *trace) error { return l.refused(h, tr, follow, c) })
+		c.at(t, tr, err, "%s, %v, then %s", h.action, tr.point, follow)
 	}
 }
 

@@ -50,8 +50,8 @@ func TestGuardKilled(t *testing.T) {
 }
 
 func (l *lab) killGuard(t *testing.T, g guardCase) {
-	clean := trace{}
-	if err := l.guarded(g, &clean, false); err != nil {
+	points, err := clean(func(tr *trace) error { return l.guarded(g, tr, false) })
+	if err != nil {
 		t.Fatalf("%s: %v", g.name, err)
 	}
 	name := g.name
@@ -60,7 +60,6 @@ func (l *lab) killGuard(t *testing.T, g guardCase) {
 	}
 	c := theTable.class(name)
 	defer c.wantPoints(t, c.points)
-	points := clean.points()
 	if l.backend != "nft" { // with that one the noise is the same
 		points = slices.DeleteFunc(points, func(p point) bool { return noise(p.nr) })
 	}
@@ -74,14 +73,8 @@ func (l *lab) killGuard(t *testing.T, g guardCase) {
 	}
 	for i, p := range choose(points, short) {
 		p.done = i/2%2 == 1
-		tr := trace{point: p}
-		err := l.guarded(g, &tr, i%2 == 1)
-		if !tr.hit && err == nil && p.nth > 1 { // the run was shorter: the one before it, then
-			p.nth--
-			tr = trace{point: p}
-			err = l.guarded(g, &tr, i%2 == 1)
-		}
-		c.at(t, &tr, err, "%s, %v", g.name, p)
+		tr, err := at(p, func(tr *trace) error { return l.guarded(g, tr, i%2 == 1) })
+		c.at(t, tr, err, "%s, %v", g.name, tr.point)
 	}
 }
 

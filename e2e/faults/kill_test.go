@@ -46,13 +46,13 @@ func TestHookKilled(t *testing.T) {
 }
 
 func (l *lab) killHook(t *testing.T, h hookCase) {
-	clean := trace{}
-	if err := l.killed(h, &clean, "again", nil); err != nil {
+	points, err := clean(func(tr *trace) error { return l.killed(h, tr, "again", nil) })
+	if err != nil {
 		t.Fatalf("%s: %v", h.action, err)
 	}
 	c := theTable.class("hook killed, " + l.backend)
 	defer c.wantPoints(t, c.points)
-	for i, p := range choose(clean.points(), 20) {
+	for i, p := range choose(points, 20) {
 		for j, follow := range follows {
 			if !*all && (i+j)%len(follows) != 0 {
 				continue
@@ -61,9 +61,8 @@ func (l *lab) killHook(t *testing.T, h hookCase) {
 				continue // it changes nothing: one thing that follows will do
 			}
 			p.done = (i+j)%2 == 1 // of two threads one can be at the next call before the other is done
-			tr := trace{point: p}
-			err := l.killed(h, &tr, follow, c)
-			c.at(t, &tr, err, "%s, %v, then %s", h.action, p, follow)
+			tr, err := at(p, func(tr *trace) error { return l.killed(h, tr, follow, c) })
+			c.at(t, tr, err, "%s, %v, then %s", h.action, tr.point, follow)
 		}
 	}
 }
@@ -201,18 +200,17 @@ func TestHookKilledHolding(t *testing.T) {
 }
 
 func (l *lab) killHolding(t *testing.T, h heldCase) {
-	clean := trace{}
-	if err := l.killedHolding(h, &clean, "again"); err != nil {
+	points, err := clean(func(tr *trace) error { return l.killedHolding(h, tr, "again") })
+	if err != nil {
 		t.Fatalf("%s: %v", h.action, err)
 	}
 	c := theTable.class("hook killed, holding packets")
 	defer c.wantPoints(t, c.points)
-	for i, p := range choose(clean.points(), 6) {
+	for i, p := range choose(points, 6) {
 		p.done = i/len(follows)%2 == 1
-		tr := trace{point: p}
 		follow := follows[i%len(follows)]
-		err := l.killedHolding(h, &tr, follow)
-		c.at(t, &tr, err, "%s, %v, then %s", h.action, p, follow)
+		tr, err := at(p, func(tr *trace) error { return l.killedHolding(h, tr, follow) })
+		c.at(t, tr, err, "%s, %v, then %s", h.action, tr.point, follow)
 	}
 }
 

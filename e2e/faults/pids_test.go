@@ -38,23 +38,18 @@ func stop(cmd *exec.Cmd) {
 func TestTaskDies(t *testing.T) {
 	eachBackend(t, func(t *testing.T, l *lab) {
 		for _, h := range hookCases {
-			clean := trace{}
-			if err := l.orphaned(h, &clean); err != nil {
+			points, err := clean(func(tr *trace) error { return l.orphaned(h, tr) })
+			if err != nil {
 				t.Fatalf("%s: %v", h.action, err)
 			}
 			c := theTable.class("namespace deleted under a hook, " + l.backend)
 			defer c.wantPoints(t, c.points)
-			for _, p := range choose(clean.points(), 6) {
+			for _, p := range choose(points, 6) {
 				if noise(p.nr) {
 					continue
 				}
-				tr := trace{point: p}
-				err := l.orphaned(h, &tr)
-				if !tr.hit && err == nil {
-					c.note(notComeBy, 1)
-					continue
-				}
-				c.tried(t, fmt.Sprintf("%s, at %s %d", h.action, callName(p.nr), p.nth), err)
+				tr, err := at(p, func(tr *trace) error { return l.orphaned(h, tr) })
+				c.at(t, tr, err, "%s, at %s %d", h.action, callName(p.nr), tr.point.nth)
 			}
 		}
 	})

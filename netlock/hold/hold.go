@@ -322,18 +322,25 @@ func drain(ctx context.Context, q *nfnl.Queue, deliver func(last uint32) error, 
 }
 
 // lost is what came into a queue and is not there, before anything is delivered. The
-// kernel does not read its numbers at one moment: under a flood some may not be noticed.
-func lost(num uint16) (uint64, error) {
+// kernel does not read its numbers at one moment, and counts a packet before it has it:
+// under a flood some may not be noticed, and one that is on its way must not be taken for
+// lost, which the next look shows.
+func lost(num uint16) (gone uint64, err error) {
 	before, _, err := nfnl.ReadQueue(num)
-	if err != nil {
-		return 0, err
+	gone = before.Counted
+	for n := 0; err == nil && gone > 0 && n < looks; n++ {
+		if n > 1 {
+			time.Sleep(breath)
+		}
+		var now nfnl.QueueStat
+		now, _, err = nfnl.ReadQueue(num)
+		gone = min(gone, before.Counted-min(before.Counted, now.Held+now.Unread))
 	}
-	now, _, err := nfnl.ReadQueue(num)
-	if kept := now.Held + now.Unread; before.Counted > kept {
-		return before.Counted - kept, err
-	}
-	return 0, err
+	return gone, err
 }
+
+// looks bounds how often lost looks before it believes that packets are lost.
+const looks = 5
 
 // failure words an error.
 func failure(op string, ns *netlock.Namespace, err error) error {

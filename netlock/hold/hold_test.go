@@ -278,6 +278,42 @@ func (l *lab) queues() (text string) {
 	return text
 }
 
+// last is the number that ends a flow.
+const last = ^uint64(0)
+
+func (f *flow) end() {
+	f.t.Helper()
+	if _, err := f.out.Write(binary.BigEndian.AppendUint64(nil, last)); err != nil {
+		f.t.Fatal(err)
+	}
+	f.in.SetReadDeadline(time.Now().Add(10 * time.Second))
+}
+
+// read reads until the flow ends: nothing may come twice, nor may what was held overtake
+// anything. Late are those that were overtaken.
+func (f *flow) read(came func()) (late uint64, err error) {
+	b := make([]byte, 16)
+	var most, behind uint64
+	for {
+		n, err := f.in.Read(b)
+		if err != nil || n != 8 {
+			return late, fmt.Errorf("after %d: %d bytes, %w", most, n, err)
+		}
+		switch v := binary.BigEndian.Uint64(b); {
+		case v == last:
+			return late, nil
+		case v > most:
+			most = v
+		case v <= behind:
+			return late, fmt.Errorf("%d came after %d, and both had been held, or it came twice", v, behind)
+		default:
+			late++
+			behind = v
+		}
+		came()
+	}
+}
+
 // flood sends and reads as fast as both go, until the function that it returns is
 // called: it tells what was sent and how much came out of turn.
 func (f *flow) flood() (end func() (sent, late uint64)) {
@@ -288,7 +324,6 @@ func (f *flow) flood() (end func() (sent, late uint64)) {
 		done  = make(chan error)
 		late  uint64
 	)
-	const last = ^uint64(0)
 	go func() {
 		n := uint64(0)
 		for !stop.Load() {
@@ -302,38 +337,16 @@ func (f *flow) flood() (end func() (sent, late uint64)) {
 		}
 		count <- n
 	}()
-	read := func() error {
-		b := make([]byte, 16)
-		var most, behind uint64
-		for {
-			n, err := f.in.Read(b)
-			if err != nil || n != 8 {
-				return fmt.Errorf("after %d: %d bytes, %w", most, n, err)
-			}
-			switch v := binary.BigEndian.Uint64(b); {
-			case v == last:
-				return nil
-			case v > most:
-				came.Add(1)
-				most = v
-			case v <= behind:
-				return fmt.Errorf("%d came after %d, and both had been held, or it came twice", v, behind)
-			default:
-				came.Add(1)
-				late++
-				behind = v
-			}
-		}
-	}
-	go func() { done <- read() }()
+	go func() {
+		var err error
+		late, err = f.read(func() { came.Add(1) })
+		done <- err
+	}()
 	return func() (uint64, uint64) {
 		f.t.Helper()
 		stop.Store(true)
 		n := <-count
-		if _, err := f.out.Write(binary.BigEndian.AppendUint64(nil, last)); err != nil {
-			f.t.Fatal(err)
-		}
-		f.in.SetReadDeadline(time.Now().Add(10 * time.Second))
+		f.end()
 		if err := <-done; err != nil {
 			f.t.Fatal(err)
 		}
@@ -366,7 +379,8 @@ func TestFlood(t *testing.T) {
 	})
 }
 
-// A stream with gaps of a millisecond arrives whole and in order.
+// A stream with gaps of a millisecond arrives whole, nothing of it twice, and in order but
+// for what a busy machine lets come between an unlock's two halves: far less than was held.
 func TestStream(t *testing.T) {
 	each(t, bounds{}, func(t *testing.T, l *lab) {
 		f := l.flow("udp4", netlocktest.InsideV4, 64<<20)
@@ -383,7 +397,8 @@ func TestStream(t *testing.T) {
 				}
 			}
 		}()
-		for range 20 {
+		const rounds = 20
+		for range rounds {
 			l.lock()
 			l.waitHeld(l.state().Queue.Held + 10)
 			if st := l.unlock(); st.NotDelivered != nil || st.Queue.Delivered < 10 {
@@ -392,7 +407,13 @@ func TestStream(t *testing.T) {
 		}
 		close(stop)
 		<-stopped
-		f.expect(1, f.next)
+		f.end()
+		came := uint64(0)
+		late, err := f.read(func() { came++ })
+		if err != nil || came != f.next || late > rounds {
+			t.Errorf("%d sent, %d came, %d out of turn: %v", f.next, came, late, err)
+		}
+		t.Logf("%d sent, %d out of turn", f.next, late)
 	})
 }
 
