@@ -57,7 +57,7 @@ func DialIn(in func(func() error) error) (*Conn, error) {
 
 func (c *Conn) dial() (fd int, err error) {
 	err = c.in(func() (err error) {
-		fd, err = dial()
+		fd, err = dial(0)
 		return err
 	})
 	return fd, err
@@ -67,10 +67,18 @@ func (c *Conn) dial() (fd int, err error) {
 // kernel's answers to some 250 messages.
 const rcvBuf = 2 << 20
 
-func dial() (int, error) {
+// dial opens a socket of the calling thread's network namespace. Its address there is
+// port; 0 has the kernel choose, which gives it the process's id if that is free.
+func dial(port uint32) (int, error) {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_NETFILTER)
 	if err != nil {
 		return -1, fmt.Errorf("socket: %w", err)
+	}
+	if port != 0 {
+		if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Pid: port}); err != nil {
+			unix.Close(fd)
+			return -1, fmt.Errorf("bind: %w", err)
+		}
 	}
 	// A socket that is connected to the kernel gets nothing from anybody else. Without
 	// that, whoever has CAP_NET_ADMIN in the namespace can fill its queue.

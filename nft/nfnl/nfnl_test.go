@@ -111,6 +111,35 @@ func TestQueue(t *testing.T) {
 	})
 }
 
+// No queue's socket has an address that another one of the process has or has had: what
+// the kernel does late for a socket that was closed would take the queue away.
+func TestQueueApart(t *testing.T) {
+	netlocktest.Need(t, "nft")
+	n := netlocktest.NewNS(t)
+	had := map[uint32]bool{0: true, uint32(os.Getpid()): true}
+	for num := range uint16(50) {
+		if err := n.Do(func() error {
+			q, err := nfnl.BindQueue(t.Context(), num, 10)
+			if err != nil {
+				return err
+			}
+			defer q.Close()
+			name, err := unix.Getsockname(q.FD())
+			if err != nil {
+				return err
+			}
+			port := name.(*unix.SockaddrNetlink).Pid
+			if had[port] {
+				t.Errorf("queue %d: port %d once more", num, port)
+			}
+			had[port] = true
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // stranger sends from another socket of the namespace to a Conn's.
 func stranger(c *nfnl.Conn, many int) error {
 	name, err := unix.Getsockname(c.FD())

@@ -61,7 +61,7 @@ type Queue struct {
 // BindQueue binds a queue of the calling thread's network namespace, which keeps at most
 // maxLen packets. It never asks the kernel to let packets pass when that is full.
 func BindQueue(ctx context.Context, num uint16, maxLen uint32) (*Queue, error) {
-	fd, err := dial()
+	fd, err := dialApart()
 	if err != nil {
 		return nil, err
 	}
@@ -71,6 +71,25 @@ func BindQueue(ctx context.Context, num uint16, maxLen uint32) (*Queue, error) {
 		return nil, err
 	}
 	return q, nil
+}
+
+// dialApart opens a socket under an address that nobody else has or has just had. A socket
+// that is closed gives its address up first; nf_tables, if it comes first in netlink's
+// notifier chain, then waits for an RCU grace period; and nfnetlink_queue, told last, takes away
+// whatever queue is bound from that address. The kernel's own choice, the process's id, is
+// given again at once: a lock was left without its queue so, on Linux 6.1.
+func dialApart() (fd int, err error) {
+	var b [4]byte
+	for range 16 {
+		if _, err = unix.Getrandom(b[:], 0); err != nil {
+			return -1, fmt.Errorf("getrandom: %w", err)
+		}
+		// Above all process ids, and below what the kernel chooses where that is taken.
+		if fd, err = dial(binary.NativeEndian.Uint32(b[:])>>2 | 1<<30); !errors.Is(err, unix.EADDRINUSE) {
+			return fd, err
+		}
+	}
+	return -1, err
 }
 
 // msgSize is what one of the kernel's messages takes of the socket's buffer, at most. One
