@@ -194,25 +194,53 @@ func TestEnginesClientKilled(t *testing.T) {
 				r.finish()
 			})
 		}
-		// Later ones have tests with runc alone: there the tasks live on, and conmon waits for them
-		// for ever.
-		for _, hook := range []string{"setup-namespaces", "post-setup-namespaces"} {
+		begin := func(t *testing.T) *run {
+			r := e.run(t, l, n)
+			r.dump("", false)
+			r.silence()
+			t.Cleanup(func() {
+				ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+				defer cancel()
+				// runc, killed, leaves what it cannot remove itself.
+				_, err := l.Run(ctx, "sh", "-c", "for d in $(grep -o '/run/runc/[^ ]*/criu-root' /proc/mounts); do umount $d || exit; done")
+				_, e := l.RunIn(ctx, n.Path(), "sh", "-c", "! nft list table inet silence >/dev/null 2>&1 || nft delete table inet silence")
+				if err := errors.Join(err, e); err != nil {
+					t.Error(err)
+				}
+			})
+			return r
+		}
+		for _, hook := range []string{"pre-restore", "setup-namespaces", "post-setup-namespaces"} {
 			t.Run("restore/"+hook, func(t *testing.T) {
-				r := e.run(t, l, n)
-				r.dump("", false)
-				r.silence()
-				t.Cleanup(func() {
-					ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-					defer cancel()
-					// runc, killed, leaves what it cannot remove itself.
-					_, err := l.Run(ctx, "sh", "-c", "for d in $(grep -o '/run/runc/[^ ]*/criu-root' /proc/mounts); do umount $d || exit; done")
-					_, e := l.RunIn(ctx, n.Path(), "nft", "delete", "table", "inet", "silence")
-					if err := errors.Join(err, e); err != nil {
-						t.Error(err)
-					}
-				})
+				r := begin(t)
 				r.killsClient(hook, func() error { return r.e.Restore(r.ctx) })
 				r.withoutCRIU("workload")
+			})
+		}
+		// From there on the tasks live on, without their engine. conmon waits for them, and CRIU, which
+		// is conmon's child now, is a zombie until then.
+		for _, hook := range []string{"post-restore", "network-unlock", "post-resume"} {
+			t.Run("restore/"+hook, func(t *testing.T) {
+				r := begin(t)
+				killed, restored := r.killClientAt(hook, r.at), make(chan error, 1)
+				go func() { restored <- r.e.Restore(r.ctx) }()
+				select {
+				case <-killed:
+				case err := <-restored:
+					t.Fatalf("the restore has ended before %s: %v", hook, err)
+				}
+				r.unguarded()
+				r.flows("restored, by a client that was killed")
+				for _, pid := range r.workloads() {
+					rules, err := l.Rules(r.ctx, "/proc/"+pid+"/ns/net")
+					if tables, _, _ := ours(rules); err != nil || len(tables) != 0 {
+						t.Errorf("the task is locked: %v\n%s", err, rules)
+					}
+				}
+				r.killHalfRestored()
+				if err := <-restored; err == nil {
+					t.Error("the restore has succeeded")
+				}
 			})
 		}
 	}

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -169,22 +170,34 @@ func TestProxyRefused(t *testing.T) {
 // podman that is runc, whose child CRIU is.
 func (r *run) killsClient(hook string, f func() error) {
 	r.t.Helper()
-	killed := false
-	r.l.hooks.Handle(func(h testbed.Hook) error {
-		if h.Action != hook || killed {
-			return nil
-		}
-		killed = true
-		_, err := r.l.Run(r.ctx, "sh", "-c", fmt.Sprintf("kill -KILL $(cut -d' ' -f4 /proc/%d/stat)", h.CRIU))
-		return err
-	})
+	killed := r.killClientAt(hook, nil)
 	err := f()
 	r.l.hooks.Handle(nil)
-	if err == nil || !killed {
-		r.t.Fatalf("killed at %s: %v, and the error is %v", hook, killed, err)
+	if err == nil || len(killed) == 0 {
+		r.t.Fatalf("killed at %s: %v, and the error is %v", hook, len(killed) != 0, err)
 	}
 	r.withoutCRIU()
 	r.unguarded()
+}
+
+// killClientAt has CRIU's client killed when CRIU comes to a hook, and tells it. At the hooks
+// before that it does what is given for them.
+func (r *run) killClientAt(hook string, before map[string]func() error) (killed <-chan struct{}) {
+	out := make(chan struct{}, 1)
+	var once sync.Once
+	r.l.hooks.Handle(func(h testbed.Hook) (err error) {
+		if f := before[h.Action]; f != nil {
+			return f()
+		}
+		if h.Action == hook {
+			once.Do(func() {
+				out <- struct{}{} // before it dies, and f returns
+				_, err = r.l.Run(r.ctx, "sh", "-c", fmt.Sprintf("kill -KILL $(cut -d' ' -f4 /proc/%d/stat)", h.CRIU))
+			})
+		}
+		return err
+	})
+	return out
 }
 
 // The client is killed, by whatever it was at a hook: the proxy stays, and takes the lock off
