@@ -105,6 +105,8 @@ deps: deps-go deps-c ## install Debian's packages that the tests need, if they a
 	have iptables-legacy-restore || need="$$need iptables"; \
 	have ip || need="$$need iproute2"; \
 	have debootstrap || need="$$need debootstrap"; \
+	[ "$$(uname -m)" != x86_64 ] || have qemu-system-x86_64 || need="$$need qemu-system-x86"; \
+	have mkfs.ext4 || need="$$need e2fsprogs"; \
 	have strace || need="$$need strace"; \
 	have patch || need="$$need patch"; \
 	have capsh || need="$$need libcap2-bin"; \

@@ -104,9 +104,9 @@ func machine() string {
 
 func openLab(t *testing.T) *lab {
 	t.Helper()
-	netlocktest.Need(t, testbed.Tools...)
+	netlocktest.Need(t, tools...)
 	theLab.once.Do(func() {
-		theLab.lab, theLab.err = newLab(testbed.Default(), (*testbed.Root).Enter, func(s string) { t.Log(s) })
+		theLab.lab, theLab.err = newLab(recipe(), (*testbed.Root).Enter, func(s string) { t.Log(s) })
 		if theLab.err == nil {
 			theLab.err = theLab.lab.rest()
 		}
@@ -207,7 +207,7 @@ func begin(t *testing.T, engine, lock string, scripts ...string) *fixture {
 func beginWith(t *testing.T, engine, lock string, argv []string, scripts ...string) *fixture {
 	t.Helper()
 	l := openLab(t)
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), patience*20*time.Second)
 	t.Cleanup(cancel)
 	f := &fixture{t: t, ctx: ctx, l: l, skip: lock == "skip"}
 	// The whole name: all tests of a run share the session and its folders.
@@ -257,7 +257,7 @@ func (f *fixture) start(atLast func(context.Context) error) {
 	f.t.Helper()
 	f.t.Cleanup(func() {
 		// t's context has ended by now.
-		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), patience*20*time.Second)
 		defer cancel()
 		f.l.hooks.Handle(nil)
 		if f.t.Failed() {
@@ -293,7 +293,7 @@ func (f *fixture) nothingLeft() {
 	if f.shared {
 		return
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), patience*10*time.Second)
 	defer cancel()
 	err := testbed.Poll(ctx, func() error { // what was killed takes its time to go
 		ps, err := f.l.Processes()

@@ -5,6 +5,8 @@
 //	rpcclient [-fail HOOK] [-kill HOOK] [-go HOOK] [-refuse] go-criu|swrk|service dump|restore OPTION…
 //	rpcclient [-fail HOOK] [-criu PROGRAM] [-deaf] plain dump|restore OPTION…
 //
+// With -calls it calls the action scripts itself, when ours has done its part: CRIU runs none beside
+// RPC before 3.19. plain calls none at network-unlock, where what is in CRIU's place comes after it.
 // -kill kills it when ours has done its part, but at network-unlock before that. plain is a go-criu program that knows nothing of us.
 // What our part has done it appends to CRIU's log.
 package main
@@ -40,6 +42,7 @@ var (
 	deaf   = flag.Bool("deaf", false, "plain asks for no notifications")
 	killAt = flag.String("kill", "", "the `hook` at which it is killed")
 	goAway = flag.String("go", "", "the `hook` at which the client's context ends")
+	calls  = flag.Bool("calls", false, "it calls the action scripts itself")
 )
 
 func main() {
@@ -67,6 +70,29 @@ type job struct {
 	logFile string
 	pidFile string
 	scripts []string
+	images  string
+}
+
+// call calls the action scripts as CRIU would, with -calls.
+func (j *job) call(hook string, pid int) error {
+	if !*calls {
+		return nil
+	}
+	if pid == 0 {
+		pid = int(j.opts.GetPid())
+	}
+	for _, s := range j.scripts {
+		cmd := exec.Command(s)
+		cmd.Dir = j.work
+		cmd.Env = append(os.Environ(), "CRTOOLS_SCRIPT_ACTION="+hook, "CRTOOLS_IMAGE_DIR="+j.images)
+		if pid != 0 {
+			cmd.Env = append(cmd.Env, fmt.Sprint("CRTOOLS_INIT_PID=", pid))
+		}
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return fmt.Errorf("%s at %s: %w: %s", s, hook, err, out)
+		}
+	}
+	return nil
 }
 
 func ptr[T any](v T) *T { return &v }
@@ -78,7 +104,7 @@ var lockMethods = map[string]rpc.CriuNetworkLockMethod{
 func parse(verb string, args []string) (*job, error) {
 	j := &job{}
 	f := flag.NewFlagSet(verb, flag.ContinueOnError)
-	images := f.String("images-dir", "", "")
+	f.StringVar(&j.images, "images-dir", "", "")
 	f.StringVar(&j.work, "work-dir", "", "")
 	f.StringVar(&j.logFile, "log-file", "", "")
 	f.StringVar(&j.pidFile, "pidfile", "", "")
@@ -93,7 +119,7 @@ func parse(verb string, args []string) (*job, error) {
 	if err := f.Parse(args); err != nil {
 		return nil, err
 	}
-	imagesDir, err := os.Open(*images)
+	imagesDir, err := os.Open(j.images)
 	if err != nil {
 		return nil, err
 	}
@@ -118,7 +144,9 @@ func parse(verb string, args []string) (*job, error) {
 	config := filepath.Join(j.work, "criu.conf")
 	var b strings.Builder
 	for _, s := range j.scripts {
-		b.WriteString("action-script " + s + "\n")
+		if !*calls {
+			b.WriteString("action-script " + s + "\n")
+		}
 	}
 	j.opts.ConfigFile = &config
 	return j, os.WriteFile(config, []byte(b.String()), 0o644)
@@ -186,6 +214,9 @@ func run(via, verb string, args []string) error {
 		}
 		done[e.Event.Action] = true
 		heard = append(heard, e)
+		if err := j.call(string(e.Event.Action), e.Event.PID); err != nil {
+			log.Print(err) // the test knows
+		}
 	}}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
@@ -229,9 +260,12 @@ var errOnPurpose = errors.New("the callback has failed on purpose")
 func bySession(ctx context.Context, cancel func(), s *criurpc.Session, j *job, verb string, o criurpc.Options) (pid int, err error) {
 	defer func() { err = errors.Join(err, s.Close()) }()
 	var callback criurpc.Callback
-	if *failAt != "" || *goAway != "" || *killAt != "" {
+	if *failAt != "" || *goAway != "" || *killAt != "" || *calls {
 		callback = func(_ context.Context, n *criurpc.Notification) error {
 			dies(string(n.Action))
+			if n.Action == action.PostDump {
+				return j.call(string(n.Action), 0)
+			}
 			switch string(n.Action) {
 			case *failAt:
 				return errOnPurpose
@@ -276,10 +310,18 @@ func byService(ctx context.Context, cancel func(), j *job, verb string, o criurp
 type callbacks struct {
 	criu.NoNotify
 	pid int
+	// call calls the action scripts at what ours does nothing at, or at all hooks.
+	call func(hook string, pid int) error
+	all  bool
 }
 
 func (c *callbacks) fail(hook string) error {
 	dies(hook)
+	if hook == "post-dump" || c.all && hook != "network-unlock" {
+		if err := c.call(hook, c.pid); err != nil {
+			return err
+		}
+	}
 	if hook == *failAt {
 		return errOnPurpose
 	}
@@ -297,10 +339,14 @@ func (c *callbacks) PostRestore(pid int32) error {
 }
 func (c *callbacks) PostSetupNamespaces() error { return c.fail("post-setup-namespaces") }
 
-// SetupNamespaces is NoNotify's: ours runs twice around another one.
+// SetupNamespaces is there for -calls: ours runs twice around it.
+func (c *callbacks) SetupNamespaces(pid int32) error {
+	c.pid = int(pid)
+	return c.fail("setup-namespaces")
+}
 
 func byGoCriu(j *job, verb string, o criurpc.Options) (int, error) {
-	theirs := &callbacks{}
+	theirs := &callbacks{call: j.call}
 	c := criu.MakeCriu()
 	if verb == "dump" {
 		return 0, criurpc.Dump(c, &j.opts, theirs, o)
@@ -310,7 +356,7 @@ func byGoCriu(j *job, verb string, o criurpc.Options) (int, error) {
 }
 
 func plain(j *job, verb string) (int, error) {
-	theirs := &callbacks{}
+	theirs := &callbacks{call: j.call, all: true}
 	var nfy criu.Notify = theirs
 	if *deaf {
 		nfy = nil

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 	"strings"
 
@@ -193,12 +194,30 @@ const program = "cmd/criu-netlock"
 // Build compiles programs of this module into the session's BinDir, static, as
 // NAME: package path below the module.
 func (s *Session) Build(ctx context.Context, programs map[string]string) error {
+	return BuildTo(ctx, s.programs(), programs)
+}
+
+// EnvPrograms names a folder of programs that were built before, for a machine without Go.
+const EnvPrograms = "CRIU_NETLOCK_PROGRAMS"
+
+// BuildTo compiles programs of this module to a folder.
+func BuildTo(ctx context.Context, dir string, programs map[string]string) error {
 	for name, pkg := range programs {
+		if built := os.Getenv(EnvPrograms); built != "" {
+			b, err := os.ReadFile(filepath.Join(built, name))
+			if err == nil {
+				err = os.WriteFile(filepath.Join(dir, name), b, 0o755)
+			}
+			if err != nil {
+				return err
+			}
+			continue
+		}
 		flags := "-s -w"
 		if pkg == program {
 			flags += " " + link.Flag
 		}
-		cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags", flags, "-o", s.programs()+"/"+name, "github.com/criu-netlock/criu-netlock/"+pkg)
+		cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags", flags, "-o", filepath.Join(dir, name), "github.com/criu-netlock/criu-netlock/"+pkg)
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 		if out, err := cmd.CombinedOutput(); err != nil {
 			return fmt.Errorf("build %s: %w", pkg, errOutput(err, out))
