@@ -45,6 +45,12 @@ func TestQuiet(t *testing.T) {
 	}
 	nb := nft.New()
 	defer nb.Wait()
+	locked := func(n *netlocktest.NS) { // by one that has looked before, as a checkpoint does
+		if _, err := nb.State(ctx, n.Netns(), netlock.Options{}); err != nil {
+			t.Fatal(err)
+		}
+		lock(nb)(n)
+	}
 	for _, c := range []struct {
 		name   string
 		change func(*netlocktest.NS)
@@ -52,12 +58,9 @@ func TestQuiet(t *testing.T) {
 		found  bool
 	}{
 		{"nothing", none, true, false},
-		{"a lock of nft's", func(n *netlocktest.NS) { // which has looked before, as a checkpoint does
-			if _, err := nb.State(ctx, n.Netns(), netlock.Options{}); err != nil {
-				t.Fatal(err)
-			}
-			lock(nb)(n)
-		}, true, false},
+		{"a lock of nft's", locked, true, false},
+		// The kernel's word is of the moment of the first one.
+		{"a lock of nft's, and then one of the nft variant", func(n *netlocktest.NS) { locked(n); elsewhere(NFT)(n) }, false, true},
 		{"a table of nft's", run("table ip other { }", "nft", "-f", "-"), false, false},
 		{"a legacy table", run("", "iptables-legacy", "-t", "raw", "-A", "PREROUTING", "-j", "ACCEPT"), false, false},
 		{"a lock of the nft variant", elsewhere(NFT), false, true},

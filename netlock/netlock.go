@@ -171,9 +171,12 @@ const UndoTime = 500 * time.Millisecond
 func (l *Locker) Unlock(ctx context.Context, ns *Namespace) (State, error) {
 	// The preferred backend goes last: after a delete in nf_tables, closing any
 	// netlink socket of the namespace waits for an RCU grace period, the one with
-	// which another backend merely looks too.
+	// which another backend merely looks too. Where none is closed it goes first, and what the
+	// kernel says to it others need not ask.
 	order := l.all()
-	slices.Reverse(order)
+	if !ns.KeepsSockets() {
+		slices.Reverse(order)
+	}
 	st, err := each(order, func(b Backend) (State, error) { return b.Unlock(ctx, ns, l.Options) })
 	if err == nil && st.Found && !st.Intact {
 		err = &Error{
@@ -182,22 +185,6 @@ func (l *Locker) Unlock(ctx context.Context, ns *Namespace) (State, error) {
 		}
 	}
 	return st, err
-}
-
-// Ready prepares an Unlock that is to follow at once, and changes nothing: what it needs of
-// the kernel and of this program is put back into the processor's caches. It does nothing
-// for a handle that keeps no sockets.
-func (l *Locker) Ready(ctx context.Context, ns *Namespace) {
-	if !ns.KeepsSockets() {
-		return
-	}
-	for _, b := range slices.Backward(l.all()) {
-		if r, ok := b.(interface {
-			Ready(context.Context, *Namespace)
-		}); ok {
-			r.Ready(ctx, ns)
-		}
-	}
 }
 
 // State reads what is locked and changes nothing.

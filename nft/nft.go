@@ -775,14 +775,6 @@ func (b *Backend) Unlock(ctx context.Context, ns *netlock.Namespace, o netlock.O
 	return st, err
 }
 
-// Ready does a part of what an unlock of a lock that nobody has touched does.
-func (b *Backend) Ready(ctx context.Context, ns *netlock.Namespace) {
-	_ = b.in(ctx, ns, netlock.Options{}, func(s *session) error { // the unlock will say what is wrong
-		_, err := s.conn.Ask(s.ctx, nfnl.Request{Cmd: unix.NFT_MSG_GETGEN})
-		return err
-	})
-}
-
 func (s *session) unlock() (st netlock.State, err error) {
 	if st, done := s.unlockNoted(); done {
 		return st, nil

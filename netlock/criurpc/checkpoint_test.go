@@ -28,18 +28,11 @@ type fake struct {
 	calls  []string
 	err    map[string]error
 	block  chan struct{} // if set, Lock waits for its end, whatever its context says
-	ready  chan struct{} // if set, is sent to by Ready
 }
 
 func newFake() *fake { return &fake{locked: map[uint64]netlock.Caller{}, err: map[string]error{}} }
 
 func (f *fake) Name() string { return "fake" }
-
-func (f *fake) Ready(context.Context, *netlock.Namespace) {
-	if f.ready != nil {
-		f.ready <- struct{}{}
-	}
-}
 
 func (f *fake) call(name string) error {
 	f.mu.Lock()
@@ -352,37 +345,21 @@ func TestUnlockFails(t *testing.T) {
 	}
 }
 
-// With post-dump the unlock that follows is prepared, unless none follows.
-func TestGetReady(t *testing.T) {
-	for _, leavesRunning := range []bool{true, false} {
-		s, f := newSleeper(t), newFake()
-		f.ready = make(chan struct{}, 1)
-		c := NewDump(s.pid(), leavesRunning, f.options())
-		handle(t, c, 0, action.PreDump, action.NetworkLock)
-		if len(f.ready) != 0 {
-			t.Error("before post-dump")
-		}
-		c.getReady()
-		if got := len(f.ready) == 1; got != leavesRunning {
-			t.Errorf("tasks run on: %v, got ready: %v", leavesRunning, got)
-		}
-		if leavesRunning {
-			<-f.ready
-			handle(t, c, 0, action.PostDump)
-			select {
-			case <-f.ready:
-			case <-time.After(10 * time.Second):
-				t.Error("not with post-dump")
+// What works for a checkpoint ends with it.
+func TestEndsWorking(t *testing.T) {
+	s, f := newSleeper(t), newFake()
+	before := runtime.NumGoroutine()
+	for range 20 {
+		c := NewDump(s.pid(), true, f.options())
+		handle(t, c, 0, action.PreDump, action.NetworkLock, action.PostDump, action.NetworkUnlock)
+		for range 2 {
+			if err := c.End(nil); err != nil {
+				t.Fatal(err)
 			}
-			handle(t, c, 0, action.NetworkUnlock)
 		}
-		if err := c.End(nil); err != nil {
-			t.Error(err)
-		}
-		c.getReady() // after the end there is nothing to prepare
-		if len(f.ready) != 0 {
-			t.Error("after the end")
-		}
+	}
+	if err := netlocktest.Until(func() (bool, error) { return runtime.NumGoroutine() <= before, nil }); err != nil {
+		t.Errorf("%d goroutines, before %d: %v", runtime.NumGoroutine(), before, err)
 	}
 }
 
