@@ -14,8 +14,8 @@ import (
 	"github.com/criu-netlock/criu-netlock/netlock/config"
 )
 
-// inCRIU dumps a container with criu dump --leave-running, under one lock after the
-// other, and reads from CRIU's log how long its hooks and the freeze took.
+// inCRIU dumps a container with criu dump --leave-running, under each lock in turn, and reads
+// from CRIU's log how long its hooks and the freeze took.
 func inCRIU(ctx context.Context, s *testbed.Session, dumps int) error {
 	n, err := s.NewNet(ctx, "bench")
 	if err != nil {
@@ -52,36 +52,39 @@ func inCRIU(ctx context.Context, s *testbed.Session, dumps int) error {
 		{name: "package criurpc, by go-criu", lock: "skip", client: []string{testbed.BinDir + "/rpcclient", "go-criu"}},
 		{name: "the C library, by libcriu", lock: "skip", client: []string{testbed.BinDir + "/libcriu"}},
 	}
-	for i := range rows {
-		r := &rows[i]
-		e := &testbed.CLI{Container: testbed.Container{S: s, Net: n, ID: "bench" + strconv.Itoa(i), Lock: r.lock, Scripts: r.scripts,
-			Argv: []string{testbed.BinDir + "/workload"}}, Client: r.client}
-		if err := os.WriteFile(s.Path(config.DefaultPath), []byte(r.config), 0o644); err != nil {
-			return err
-		}
-		if err := e.Start(ctx); err != nil {
-			return err
-		}
+	e := &testbed.CLI{Container: testbed.Container{S: s, Net: n, ID: "bench", Argv: []string{testbed.BinDir + "/workload"}}}
+	if err := e.Start(ctx); err != nil {
+		return err
+	}
+	err = func() error {
 		for d := range dumps + 1 {
-			if err := e.Dump(ctx, true); err != nil {
-				return errors.Join(err, e.Destroy(ctx))
+			for i := range rows {
+				r := &rows[i]
+				e.Lock, e.Scripts, e.Client = r.lock, r.scripts, r.client
+				if err := os.WriteFile(s.Path(config.DefaultPath), []byte(r.config), 0o644); err != nil {
+					return err
+				}
+				if err := e.Dump(ctx, true); err != nil {
+					return fmt.Errorf("%s: %w", r.name, err)
+				}
+				log, err := e.Log()
+				if err != nil {
+					return err
+				}
+				lock, unlock, ice, err := readLog(log)
+				if err != nil {
+					return fmt.Errorf("%s: %w", r.name, err)
+				}
+				if d == 0 {
+					continue // the first one reads CRIU from the disk
+				}
+				r.locks, r.unlocks, r.ices = append(r.locks, lock), append(r.unlocks, unlock), append(r.ices, ice)
 			}
-			log, err := e.Log()
-			if err != nil {
-				return err
-			}
-			lock, unlock, ice, err := readLog(log)
-			if err != nil {
-				return err
-			}
-			if d == 0 {
-				continue // the first one reads CRIU from the disk
-			}
-			r.locks, r.unlocks, r.ices = append(r.locks, lock), append(r.unlocks, unlock), append(r.ices, ice)
 		}
-		if err := e.Destroy(ctx); err != nil {
-			return err
-		}
+		return nil
+	}()
+	if err := errors.Join(err, e.Destroy(ctx)); err != nil {
+		return err
 	}
 	fmt.Println("| in a real `criu dump --leave-running`, from CRIU's log | lock | unlock | freeze |\n|---|---|---|---|")
 	for _, r := range rows {
