@@ -57,10 +57,13 @@ func (h *holding) configure(text string) {
 }
 
 // whole asserts that all numbers have come, once and in order.
-func (h *holding) whole(when string) {
+func (h *holding) whole(when string) { h.t.Helper(); h.wholeBut(when, 0) }
+
+// wholeBut is whole, but for so many that may be late.
+func (h *holding) wholeBut(when string, late uint64) {
 	h.t.Helper()
 	n, err := h.Count()
-	if want := (traffic.Count{Came: h.Sent, Last: h.Sent}); err != nil || n != want {
+	if want := (traffic.Count{Came: h.Sent, Last: h.Sent, Late: min(n.Late, late)}); err != nil || n != want {
 		h.t.Errorf("%s: of %d datagrams %d came, %d late, %d twice; %v", when, h.Sent, n.Came, n.Late, n.Twice, err)
 	}
 }
@@ -308,8 +311,10 @@ func TestHoldEngines(t *testing.T) {
 func TestHoldIPTables(t *testing.T) {
 	h := newHolding(t, "skip", "hold", oursPath, relayPath)
 	h.configure("mode = \"hold\"\nbackend = \"iptables\"\n")
-	h.stream(3)
-	h.whole("after 3 dumps")
+	const dumps = 3
+	h.stream(dumps)
+	// It takes iptables milliseconds to open the lock: what comes then may pass what was held.
+	h.wholeBut("after the dumps", dumps)
 	if log, err := h.e.Log(); err != nil || !strings.Contains(log, "backend=iptables-legacy") || !strings.Contains(log, "mode=hold") {
 		t.Errorf("CRIU's log of a dump, %v:\n%s", err, ofInterest(log))
 	}
@@ -320,7 +325,7 @@ func TestHoldIPTables(t *testing.T) {
 	if err := h.e.Restore(h.ctx); err != nil {
 		t.Fatal(err)
 	}
-	h.whole("after the restore")
+	h.wholeBut("after the restore", dumps)
 }
 
 // Plain CRIU puts the rules of a namespace into the image. What nft prints of our queue
