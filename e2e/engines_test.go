@@ -179,13 +179,19 @@ func (e engine) fixture(t *testing.T, l *lab, n *testbed.Net, args ...string) *f
 	return f
 }
 
-// CRIU's client under podman, runc, is killed at a hook.
+// CRIU's client under podman, runc, is killed at a hook; and what else can go wrong there, a lock
+// that is refused.
 func TestEnginesClientKilled(t *testing.T) {
 	for _, e := range engines {
 		if e.name != "podman" {
 			continue
 		}
 		l, n := openEngine(t, e.setup, e.start, "--as-criu")
+		t.Run("refused", func(t *testing.T) {
+			r := e.run(t, l, n)
+			r.isRefused()
+			r.finish()
+		})
 		for _, hook := range []string{"pre-dump", "network-lock", "post-dump", "network-unlock"} {
 			t.Run("dump/"+hook, func(t *testing.T) {
 				r := e.run(t, l, n)
@@ -231,7 +237,11 @@ func TestEnginesClientKilled(t *testing.T) {
 				}
 				r.unguarded()
 				r.flows("restored, by a client that was killed")
-				for _, pid := range r.workloads() {
+				pids := r.workloads()
+				if len(pids) != 1 {
+					t.Errorf("the restored tasks: %q", pids)
+				}
+				for _, pid := range pids {
 					rules, err := l.Rules(r.ctx, "/proc/"+pid+"/ns/net")
 					if tables, _, _ := ours(rules); err != nil || len(tables) != 0 {
 						t.Errorf("the task is locked: %v\n%s", err, rules)

@@ -307,7 +307,46 @@ func TestHoldEngines(t *testing.T) {
 	}
 }
 
-// The same by the other backend.
+// What does not fit is dropped, and CRIU's log has a warning that counts it.
+func TestHoldOverflow(t *testing.T) {
+	for _, proxy := range []bool{false, true} {
+		t.Run(fmt.Sprintf("proxy=%v", proxy), func(t *testing.T) {
+			scripts := []string{oursPath, relayPath}
+			if proxy {
+				scripts = scripts[1:]
+			}
+			h := newHolding(t, "skip", "hold", scripts...)
+			if proxy {
+				h.inCRIUsPlace()
+			}
+			h.configure("mode = \"hold\"\nhold-packets = 20\n")
+			if err := h.Send(10); err != nil {
+				t.Fatal(err)
+			}
+			h.whole("before")
+			h.sendAt("network-lock") // 50
+			if err := h.e.Dump(h.ctx, true); err != nil {
+				t.Fatal(err)
+			}
+			// IPv6 sends something by itself, which may be among those that fit.
+			var delivered, overflowed uint64
+			log, err := h.e.Log()
+			for line := range strings.Lines(log) {
+				if _, text, ok := strings.Cut(line, "mode=hold delivered="); ok && strings.Contains(line, "level=WARN") {
+					_, err = fmt.Sscanf(text, "%d overflowed=%d lost=0", &delivered, &overflowed)
+				}
+			}
+			if err != nil || delivered != 20 || overflowed < 30 {
+				t.Errorf("delivered %d, overflowed %d, %v; CRIU's log:\n%s", delivered, overflowed, err, ofInterest(log))
+			}
+			if n, err := h.Count(); err != nil || n.Came > 10+20 || n.Came < 10+15 || n.Late+n.Twice != 0 {
+				t.Errorf("of %d datagrams %d came, %d late, %d twice; %v", h.Sent, n.Came, n.Late, n.Twice, err)
+			}
+		})
+	}
+}
+
+// TestHoldDump and TestHoldRestore by the other backend.
 func TestHoldIPTables(t *testing.T) {
 	h := newHolding(t, "skip", "hold", oursPath, relayPath)
 	h.configure("mode = \"hold\"\nbackend = \"iptables\"\n")
@@ -325,14 +364,14 @@ func TestHoldIPTables(t *testing.T) {
 	if err := h.e.Restore(h.ctx); err != nil {
 		t.Fatal(err)
 	}
-	h.wholeBut("after the restore", dumps)
+	h.wholeBut("after the restore", dumps+1)
 }
 
 // Plain CRIU puts the rules of a namespace into the image. What nft prints of our queue
 // could not be restored on a kernel without nft_queue, so a dump does not hold there; the
 // restore holds, though the image's lock comes back beside the new one.
 func TestHoldImage(t *testing.T) {
-	h := newHoldingOf(t, "criu", "skip", "hold", oursPath, relayPath)
+	h := newHoldingOf(t, "criu", least, "hold", oursPath, relayPath)
 	if err := h.Send(10); err != nil {
 		t.Fatal(err)
 	}

@@ -6,7 +6,6 @@ package e2e
 // `network-lock skip` nor action scripts beside RPC. By its command line it has TestCheckpoint.
 
 import (
-	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -22,6 +21,9 @@ var (
 
 // patience: the processor is emulated.
 const patience = 10
+
+// least: there is no doing without.
+const least = "nftables"
 
 // TestOlderRPC dumps and restores over RPC, each way in, with a program that calls the script that watches.
 func TestOlderRPC(t *testing.T) {
@@ -96,6 +98,6 @@ func TestOlderVersions(t *testing.T) {
 	l := openLab(t)
 	out, err := l.Run(t.Context(), "sh", "-c", "criu --version; uname -r")
 	if err != nil || !strings.Contains(out, "Version: 3.17") || !strings.Contains(out, "\n6.1.") {
-		t.Error(fmt.Errorf("%s%w", out, err))
+		t.Errorf("%v\n%s", err, out)
 	}
 }

@@ -145,25 +145,31 @@ func TestProxyRefused(t *testing.T) {
 	for _, client := range []string{"go-criu", "deaf", "runc"} {
 		t.Run(client, func(t *testing.T) {
 			r := newProxyRun(t, client, "skip")
-			release := func() {}
-			r.l.hooks.Handle(func(h testbed.Hook) (err error) {
-				if h.Action == "pre-dump" { // all was well until now
-					release, err = r.occupy(r.e.Netns())
-				}
-				return err
-			})
-			err := r.e.Dump(r.ctx, false)
-			r.l.hooks.Handle(nil)
-			release()
-			log, e := r.e.Log()
-			if err == nil || e != nil || !strings.Contains(log, `msg="network-lock failed" action=network-lock`) {
-				t.Errorf("%v, %v\n%s", err, e, ofInterest(log))
-			}
-			r.runsOn()
-			r.dump("", true)
+			r.isRefused()
 			r.finish()
 		})
 	}
+}
+
+// isRefused dumps with a lock that the kernel refuses, and then with one that it does not.
+func (r *run) isRefused() {
+	r.t.Helper()
+	release := func() {}
+	r.l.hooks.Handle(func(h testbed.Hook) (err error) {
+		if h.Action == "pre-dump" { // all was well until now
+			release, err = r.occupy("/proc/" + h.PID + "/ns/net")
+		}
+		return err
+	})
+	err := r.e.Dump(r.ctx, false)
+	r.l.hooks.Handle(nil)
+	release()
+	log, e := r.e.Log()
+	if err == nil || e != nil || !strings.Contains(log, `msg="network-lock failed" action=network-lock`) {
+		r.t.Errorf("%v, %v\n%s", err, e, ofInterest(log))
+	}
+	r.runsOn()
+	r.dump("", true)
 }
 
 // killsClient kills CRIU's client at a hook, after what it was notified of. With runc and

@@ -12,3 +12,6 @@ var (
 
 // patience is by how much more than usual everything may take.
 const patience = 1
+
+// least is the least of a lock that CRIU can be told to have.
+const least = "skip"

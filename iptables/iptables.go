@@ -128,15 +128,27 @@ func (s *session) takeTurn() {
 
 // in runs f in the namespace; unless emptyToo, only if something of ours is there.
 func (b *Backend) in(ctx context.Context, ns *netlock.Namespace, o netlock.Options, emptyToo bool, f func(*session) error) error {
-	if !emptyToo && stillQuiet(ctx, ns) {
-		return nil
+	var left *nfnl.Conn
+	if !emptyToo {
+		var quiet bool
+		if quiet, left = stillQuiet(ctx, ns); quiet {
+			return nil
+		}
 	}
-	return ns.Do(func() error {
+	defer func() {
+		if left != nil {
+			nfnl.Park(left.Take())
+		}
+	}()
+	return ns.Do(func() (err error) {
 		s := &session{ctx: ctx, b: b, ns: ns, o: o, fams: 1, done: func() {}}
 		if err := s.ended("start"); err != nil {
 			return err
 		}
-		conn, err := nfnl.DialIn(ns.Do)
+		conn := left
+		if left = nil; conn == nil {
+			conn, err = nfnl.DialIn(ns.Do)
+		}
 		switch {
 		case errors.Is(err, unix.EPROTONOSUPPORT), errors.Is(err, unix.EAFNOSUPPORT):
 		case err != nil:
@@ -147,7 +159,8 @@ func (b *Backend) in(ctx context.Context, ns *netlock.Namespace, o netlock.Optio
 				if s.conn == nil {
 					return // a watch has it
 				}
-				if conn.Slow {
+				// Where sockets are kept, another backend may just have deleted.
+				if conn.Slow || ns.KeepsSockets() {
 					nfnl.Park(conn.Take())
 				} else {
 					conn.Close()

@@ -11,9 +11,9 @@ import (
 	"github.com/criu-netlock/criu-netlock/nft/nfnl"
 )
 
-// quiet stays with a handle that keeps sockets once nothing of ours was seen in its
+// quietWatch stays with a handle that keeps sockets once nothing of ours was seen in its
 // namespace, to tell without entering it that there is still nothing.
-type quiet struct {
+type quietWatch struct {
 	conn *nfnl.Conn
 	gen  uint32 // of the rules of nf_tables, when there was nothing
 	// vouched is when the kernel itself has made sure of gen, for a change of another backend.
@@ -30,11 +30,11 @@ func (f family) namesFile() string { return procNet + "/" + f.proc + "names" }
 
 // watch takes the connection over, on a thread inside the namespace. It returns nil if
 // something is not as simple as it mostly is.
-func watch(conn *nfnl.Conn, gen uint32) *quiet {
+func watch(conn *nfnl.Conn, gen uint32) *quietWatch {
 	if conn == nil || gen == 0 {
 		return nil
 	}
-	q := &quiet{conn: conn, gen: gen, names: [2]int{-1, -1}}
+	q := &quietWatch{conn: conn, gen: gen, names: [2]int{-1, -1}}
 	for i, f := range families() {
 		fd, err := unix.Open(f.namesFile(), unix.O_RDONLY|unix.O_CLOEXEC, 0)
 		switch err {
@@ -50,7 +50,7 @@ func watch(conn *nfnl.Conn, gen uint32) *quiet {
 }
 
 // still tells whether nothing of ours is there for certain.
-func (q *quiet) still(ctx context.Context) bool {
+func (q *quietWatch) still(ctx context.Context) bool {
 	for i, f := range families() {
 		if q.names[i] < 0 {
 			// With the kernel's module it would have come in every namespace.
@@ -83,13 +83,13 @@ func (q *quiet) still(ctx context.Context) bool {
 const vouchTime = time.Millisecond
 
 // Moved keeps up with what another backend has changed.
-func (q *quiet) Moved(from, to uint32) {
+func (q *quietWatch) Moved(from, to uint32) {
 	if q.gen == from {
 		q.gen, q.vouched = to, time.Now()
 	}
 }
 
-func (q *quiet) closeNames() {
+func (q *quietWatch) closeNames() {
 	for _, fd := range q.names {
 		if fd >= 0 {
 			unix.Close(fd)
@@ -98,20 +98,21 @@ func (q *quiet) closeNames() {
 }
 
 // Close ends the watch.
-func (q *quiet) Close() error {
+func (q *quietWatch) Close() error {
 	q.closeNames()
 	return q.conn.Close()
 }
 
-// stillQuiet tells whether a watch says so that is with the handle.
-func stillQuiet(ctx context.Context, ns *netlock.Namespace) bool {
-	q, ok := ns.Take(quietKey{}).(*quiet)
+// stillQuiet tells whether a watch says so that is with the handle. If it does not, its connection
+// is the caller's: to close one after a delete in nf_tables waits for an RCU grace period.
+func stillQuiet(ctx context.Context, ns *netlock.Namespace) (quiet bool, conn *nfnl.Conn) {
+	q, ok := ns.Take(quietKey{}).(*quietWatch)
 	if !ok {
-		return false
+		return false, nil
 	}
 	if q.still(ctx) && ns.Leave(quietKey{}, q) {
-		return true
+		return true, nil
 	}
-	_ = q.Close() // nothing is lost with it
-	return false
+	q.closeNames()
+	return false, q.conn
 }

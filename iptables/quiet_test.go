@@ -69,7 +69,7 @@ func TestQuiet(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			n, b := netlocktest.NewNS(t), New(Legacy)
 			n.Netns().KeepSockets()
-			if stillQuiet(ctx, n.Netns()) {
+			if quiet, _ := stillQuiet(ctx, n.Netns()); quiet {
 				t.Fatal("quiet before anybody looked")
 			}
 			for range 2 {
@@ -78,8 +78,12 @@ func TestQuiet(t *testing.T) {
 				}
 			}
 			c.change(n)
-			if quiet := stillQuiet(ctx, n.Netns()); quiet != c.quiet {
-				t.Errorf("quiet: %v", quiet)
+			quiet, conn := stillQuiet(ctx, n.Netns())
+			if quiet != c.quiet || quiet != (conn == nil) {
+				t.Errorf("quiet: %v, %v", quiet, conn)
+			}
+			if conn != nil {
+				conn.Close()
 			}
 			for range 2 {
 				st, err := b.Unlock(ctx, n.Netns(), netlock.Options{})

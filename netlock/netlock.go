@@ -171,7 +171,7 @@ const UndoTime = 500 * time.Millisecond
 func (l *Locker) Unlock(ctx context.Context, ns *Namespace) (State, error) {
 	// The preferred backend goes last: after a delete in nf_tables, closing any
 	// netlink socket of the namespace waits for an RCU grace period, the one with
-	// which another backend merely looks too. Where none is closed it goes first, and what the
+	// which another backend merely looks too. Where sockets are kept it goes first, and what the
 	// kernel says to it others need not ask.
 	order := l.all()
 	if !ns.KeepsSockets() {

@@ -36,6 +36,7 @@ func suites() []suite {
 		{pkg: "e2e", run: "TestOlderVersions", passes: []string{"TestOlderVersions"}},
 		{pkg: "e2e", run: "TestOlderRPC/swrk/iptables|TestOlderRPC/in_CRIU/nftables",
 			passes: []string{"TestOlderRPC/swrk/iptables", "TestOlderRPC/in_CRIU's_place/nftables"}},
+		{pkg: "e2e", run: "TestHoldImage", passes: []string{"TestHoldImage"}},
 		{pkg: "e2e", run: "TestOlderRunc", passes: []string{"TestOlderRunc"}},
 		{pkg: "e2e", run: "TestCheckpoint/^criu$/^nftables$/(kill_and_restore|leave_running)",
 			passes: []string{"TestCheckpoint/criu/nftables/kill_and_restore", "TestCheckpoint/criu/nftables/leave_running"}},
@@ -47,10 +48,14 @@ func suites() []suite {
 		// An orphan is made by the flag persist, which is newer.
 		suite{pkg: "nft", run: "TestConformance|TestHostile|TestHold|TestGolden|TestNoDestroy|Noted", skip: "TestHostile/orphan", passes: []string{"TestHostile/doubled"}},
 		suite{pkg: "iptables", run: "TestGolden|TestPackets|TestHold|TestLeftovers", passes: []string{"TestPackets"}},
+		suite{pkg: "e2e", run: "TestHoldImage", passes: []string{"TestHoldImage"}},
 		suite{pkg: "e2e", run: "TestOlder", passes: []string{"TestOlderRPC/service/nftables", "TestOlderRunc"}},
 		suite{pkg: "e2e", run: "TestCheckpoint/^criu$/^(iptables|nftables)$", passes: []string{"TestCheckpoint/criu/iptables/restore_fails_at_post-restore"}},
 	)
 }
+
+// section begins what a test program says.
+const section = "=== package "
 
 type suite struct {
 	pkg, run string
@@ -66,7 +71,10 @@ func TestOlder(t *testing.T) {
 		netlocktest.CannotRun(t, "the virtual machine is an amd64")
 	}
 	netlocktest.Need(t, append(testbed.BootTools, testbed.Tools...)...)
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Minute)
+	ctx, cancel := t.Context(), func() {}
+	if end, ok := t.Deadline(); ok { // when the test is ended, nothing is cleaned up
+		ctx, cancel = context.WithDeadline(ctx, end.Add(-time.Minute))
+	}
 	defer cancel()
 	root, err := testbed.Debian12().Ensure(ctx, func(s string) { t.Log(s) })
 	if err != nil {
@@ -87,32 +95,54 @@ mkdir /run/root-debian12; mount --bind / /run/root-debian12
 	for _, s := range suites() {
 		name := strings.ReplaceAll(s.pkg, "/", "-") + ".test"
 		dir := filepath.Join("src", s.pkg)
-		build := exec.CommandContext(ctx, "go", "test", "-c", "-tags", "older", "-o", filepath.Join(folder, name), module+s.pkg)
-		build.Env = append(os.Environ(), "CGO_ENABLED=0")
-		if out, err := build.CombinedOutput(); err != nil {
-			t.Fatalf("%v\n%s", err, out)
+		if _, err := os.Stat(filepath.Join(folder, name)); err != nil {
+			build := exec.CommandContext(ctx, "go", "test", "-c", "-tags", "older", "-o", filepath.Join(folder, name), module+s.pkg)
+			build.Env = append(os.Environ(), "CGO_ENABLED=0")
+			if out, err := build.CombinedOutput(); err != nil {
+				t.Fatalf("%v\n%s", err, out)
+			}
+			if err := os.CopyFS(filepath.Join(folder, dir, "testdata"), os.DirFS("../../"+s.pkg+"/testdata")); err != nil && !errors.Is(err, os.ErrNotExist) {
+				t.Fatal(err)
+			}
 		}
-		if err := os.CopyFS(filepath.Join(folder, dir, "testdata"), os.DirFS("../../"+s.pkg+"/testdata")); err != nil && !errors.Is(err, os.ErrNotExist) && !errors.Is(err, os.ErrExist) {
-			t.Fatal(err)
-		}
-		fmt.Fprintf(&script, "echo '=== %s'; mkdir -p %s; (cd %[2]s && %s/%s -test.v -test.timeout 900s -test.run %s -test.skip %s) || code=1\n", s.pkg, dir, testbed.BootDir, name, quote(s.run), quote(s.skip))
+		fmt.Fprintf(&script, "echo '%s%s'; mkdir -p %s; (cd %[3]s && %s/%s -test.v -test.timeout 900s -test.run %s -test.skip %s) || code=1\n", section, s.pkg, dir, testbed.BootDir, name, quote(s.run), quote(s.skip))
 	}
 	script.WriteString("exit $code\n")
 	if err := os.WriteFile(filepath.Join(folder, "run"), []byte(script.String()), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	if err := root.Boot(ctx, folder, logger{t}); err != nil {
+	said := &logger{t: t, passed: map[string]bool{}}
+	if err := root.Boot(ctx, folder, said); err != nil {
 		t.Error(err)
+	}
+	for _, s := range suites() {
+		for _, name := range s.passes {
+			if !said.passed[s.pkg+" "+name] {
+				t.Errorf("%s: %s has not passed", s.pkg, name)
+			}
+		}
 	}
 }
 
 // quote makes a word of the shell's.
 func quote(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'" }
 
-// logger logs each line when it comes.
-type logger struct{ t *testing.T }
+// logger logs each line when it comes, and notes what has passed.
+type logger struct {
+	t      *testing.T
+	pkg    string
+	passed map[string]bool
+}
 
-func (l logger) Write(line []byte) (int, error) {
-	l.t.Log(strings.TrimSuffix(string(line), "\n"))
-	return len(line), nil
+func (l *logger) Write(b []byte) (int, error) {
+	line := strings.TrimSpace(string(b))
+	l.t.Log(line)
+	if pkg, ok := strings.CutPrefix(line, section); ok {
+		l.pkg = pkg
+	}
+	if name, ok := strings.CutPrefix(line, "--- PASS: "); ok {
+		name, _, _ = strings.Cut(name, " ")
+		l.passed[l.pkg+" "+name] = true
+	}
+	return len(b), nil
 }

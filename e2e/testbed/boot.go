@@ -9,8 +9,10 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 )
 
@@ -72,6 +74,10 @@ func (r *Root) Boot(ctx context.Context, folder string, out io.Writer) error {
 		"-drive", "if=virtio,format=raw,file="+rootDisk, "-drive", "if=virtio,format=raw,file="+folderDisk,
 		"-serial", "file:"+console, "-serial", "stdio")
 	cmd.WaitDelay = 5 * time.Second
+	// It is to end with us, however that is.
+	runtime.LockOSThread() // whose end the kernel means
+	defer runtime.UnlockOSThread()
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	pipe, err := cmd.StdoutPipe()
 	if err != nil {
 		return err
@@ -94,13 +100,17 @@ func (r *Root) Boot(ctx context.Context, folder string, out io.Writer) error {
 		}
 		fmt.Fprintln(out, line)
 	}
+	_, _ = io.Copy(io.Discard, pipe) // a line that is too long has ended the reading
 	err = errors.Join(lines.Err(), cmd.Wait(), context.Cause(ctx))
-	switch {
-	case status > 0:
+	if status > 0 {
 		return fmt.Errorf("the script in the virtual machine: exit status %d", status)
-	case status < 0 || err != nil:
+	}
+	if status < 0 {
+		err = errors.Join(err, errors.New("no exit status"))
+	}
+	if err != nil {
 		log, _ := os.ReadFile(console)
-		return fmt.Errorf("the virtual machine has not come to its end: %w", errOutput(errors.Join(err, errors.New("no exit status")), []byte(said.String()+string(log))))
+		return fmt.Errorf("the virtual machine: %w", errOutput(err, []byte(said.String()+string(log))))
 	}
 	return nil
 }

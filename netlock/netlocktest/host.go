@@ -24,7 +24,9 @@ import (
 // the machine's own rules, links or named namespaces are not what they were before.
 // What the tests start dies of a hangup, even if they themselves were told to ignore it (nohup).
 func HostUntouched(m *testing.M) int {
-	signal.Notify(make(chan os.Signal, 1), unix.SIGHUP) // what is caught is not ignored by what is started
+	if signal.Ignored(unix.SIGHUP) {
+		signal.Notify(make(chan os.Signal, 1), unix.SIGHUP) // what is caught is not ignored by what is started
+	}
 	before, err := hostNetwork()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "cannot read the host's network:", err)

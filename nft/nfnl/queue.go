@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"math/rand/v2"
 	"os"
 	"strconv"
 	"sync"
@@ -79,13 +80,9 @@ func BindQueue(ctx context.Context, num uint16, maxLen uint32) (*Queue, error) {
 // whatever queue is bound from that address. The kernel's own choice, the process's id, is
 // given again at once: a lock was left without its queue so, on Linux 6.1.
 func dialApart() (fd int, err error) {
-	var b [4]byte
 	for range 16 {
-		if _, err = unix.Getrandom(b[:], 0); err != nil {
-			return -1, fmt.Errorf("getrandom: %w", err)
-		}
 		// Above all process ids, and below what the kernel chooses where that is taken.
-		if fd, err = dial(binary.NativeEndian.Uint32(b[:])>>2 | 1<<30); !errors.Is(err, unix.EADDRINUSE) {
+		if fd, err = dial(rand.Uint32()>>2 | 1<<30); !errors.Is(err, unix.EADDRINUSE) {
 			return fd, err
 		}
 	}
