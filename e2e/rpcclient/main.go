@@ -264,7 +264,9 @@ func bySession(ctx context.Context, cancel func(), s *criurpc.Session, j *job, v
 		callback = func(_ context.Context, n *criurpc.Notification) error {
 			dies(string(n.Action))
 			if n.Action == action.PostDump {
-				return j.call(string(n.Action), 0)
+				if err := j.call(string(n.Action), 0); err != nil {
+					return err
+				}
 			}
 			switch string(n.Action) {
 			case *failAt:
