@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -333,6 +334,35 @@ func TestGuardIsDetached(t *testing.T) {
 	if at, err := os.Readlink(fmt.Sprintf("/proc/%d/cwd", pid)); err != nil || at != "/" {
 		t.Errorf("in %s, %v", at, err)
 	}
+}
+
+// A guard is small: beside the program's file it has what README says, once its checkpoint is
+// locked.
+func TestGuardIsSmall(t *testing.T) {
+	s, c := newSpace(t), newCRIU(t)
+	c.ok(t, s.pid, "pre-dump")
+	c.ok(t, s.pid, "network-lock")
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", c.guard(t)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Where the kernel gives huge pages, most of one is of no use to anybody.
+	kib, huge := -1, 0
+	for line := range strings.Lines(string(b)) {
+		for name, to := range map[string]*int{"Anonymous:": &kib, "AnonHugePages:": &huge} {
+			if text, ok := strings.CutPrefix(line, name); ok {
+				_, e := fmt.Sscan(text, to)
+				err = errors.Join(err, e)
+			}
+		}
+	}
+	kib -= huge
+	t.Logf("%d KiB", kib)
+	const said = 1400 // Go's runtime takes some more or less
+	if err != nil || kib <= 0 || kib > 2*said {
+		t.Errorf("%d KiB of its own, %v:\n%s", kib, err, b)
+	}
+	c.ok(t, s.pid, "network-unlock")
 }
 
 // What stays has the capabilities that it needs and no other, in all of its threads.
