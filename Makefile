@@ -77,6 +77,7 @@ lint: deps-go deps-c ## gofmt, vet, golangci-lint, govulncheck, go mod tidy and 
 	@out=$$(gofmt -l .); [ -z "$$out" ] || { echo "gofmt: $$out"; exit 1; }
 	$(GO) vet ./...
 	CGO_ENABLED=1 $(GO) vet -tags clibrary ./cmd/libcriunetlock
+	$(GO) vet -tags older ./e2e
 	$(GO) mod verify
 	$(GO) mod tidy -diff
 	cd $(PLOT) && $(GO) vet ./... && $(GO) mod verify && $(GO) mod tidy -diff
