@@ -31,6 +31,9 @@ type point struct {
 	done bool
 }
 
+// same tells whether it is the same call.
+func (p point) same(o point) bool { return p.nr == o.nr && p.nth == o.nth }
+
 func (p point) String() string {
 	what, when := "SIGKILL", ""
 	if p.errno != 0 {
