@@ -21,7 +21,7 @@ import (
 
 const module = "github.com/criu-netlock/criu-netlock/"
 
-var all = flag.Bool("older.all", false, "run all that can be run in the virtual machine, for some twenty minutes")
+var all = flag.Bool("older.all", false, "run all that can be run in the virtual machine; give -timeout 40m")
 
 // suites are test programs, and what of them is run. The machine's processor is emulated, and
 // takes ten times as long: so a part of it is enough without -older.all.
