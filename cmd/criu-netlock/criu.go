@@ -200,6 +200,9 @@ func runProxyStart(args []string) int {
 // runProxy is the life of the process in between.
 func runProxy(args []string) int {
 	runtime.GOMAXPROCS(1) // one thing after another; to wake a second thread takes longer than the thing
+	if err := shedAsRoot(); err != nil {
+		early.Say("criu-netlock: between criu swrk and its client, with all capabilities: " + wire.OneLine(err.Error()) + "\n")
+	}
 	if err := proxy(args); err != nil {
 		early.Say("criu-netlock: between criu swrk and its client: " + wire.OneLine(err.Error()) + "\n")
 		return netlock.ExitCode(err)
@@ -247,7 +250,7 @@ func proxy(args []string) error {
 		log := criuLog(opts)
 		o.Log = func(e criurpc.Entry) {
 			done := e.Err == nil && e.Report.Result != "" || e.Err != nil && netlock.KindOf(e.Err) == netlock.KindTampered
-			log(hookCall{start: time.Now().Add(-e.Took)}.line(cfg.LogLevel, e.Event, e.Report, done, e.Err, e.Unguarded))
+			log(hookCall{start: time.Now().Add(-e.Took)}.line(cfg.LogLevel, e.Event, e.Report, done, e.Err, e.Unguarded, nil))
 		}
 		return o
 	}

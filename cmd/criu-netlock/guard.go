@@ -119,7 +119,7 @@ func runGuard(args []string) int {
 			_ = logger.Warning(wire.OneLine(fmt.Sprintf(format, a...))) // there is no other place
 		}
 	}
-	if err := shedCapabilities(); err != nil {
+	if err := shedCapabilities(0); err != nil {
 		log("the guard keeps all capabilities: %v", err)
 	}
 	if err := unix.CloseRange(guard.FirstFree, ^uint(0)>>1, unix.CLOSE_RANGE_CLOEXEC); err != nil {

@@ -365,40 +365,6 @@ func TestGuardIsSmall(t *testing.T) {
 	c.ok(t, s.pid, "network-unlock")
 }
 
-// What stays has the capabilities that it needs and no other, in all of its threads.
-func TestGuardHasNoOtherCapabilities(t *testing.T) {
-	s, c := newSpace(t), newCRIU(t)
-	c.ok(t, s.pid, "pre-dump")
-	onlyNeeds(t, c.guard(t))
-	c.ok(t, s.pid, "network-lock")
-	c.ok(t, s.pid, "network-unlock")
-}
-
-func onlyNeeds(t *testing.T, pid int) {
-	t.Helper()
-	var mask uint64
-	for _, c := range []int{unix.CAP_SYS_ADMIN, unix.CAP_NET_ADMIN, unix.CAP_SYS_PTRACE, unix.CAP_NET_RAW, unix.CAP_DAC_READ_SEARCH} {
-		mask |= 1 << c
-	}
-	threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", pid))
-	if err != nil || len(threads) == 0 {
-		t.Fatal(err, threads)
-	}
-	for _, name := range threads {
-		b, err := os.ReadFile(name)
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, want := range []string{
-			fmt.Sprintf("CapInh:\t%016x\nCapPrm:\t%016x\nCapEff:\t%016x\n", 0, mask, mask), fmt.Sprintf("CapAmb:\t%016x\n", 0), "NoNewPrivs:\t1\n",
-		} {
-			if !strings.Contains(string(b), want) {
-				t.Errorf("%s lacks %q:\n%s", name, want, b)
-			}
-		}
-	}
-}
-
 func TestGuardIsStartedByHooksAlone(t *testing.T) {
 	for _, args := range [][]string{{"guard"}, {"guard", "dump", "1", "1", "no", "no"}, {"guard", "dump", "x", "1", "no", "no"}, {"guard", "--help"}} {
 		run(t, args...).oneError(t, 2, "hooks start this")

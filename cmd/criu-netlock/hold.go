@@ -73,7 +73,7 @@ func dumpsRules(w []string) bool {
 
 // runHolder is the life of the process that holds for a lock taken by hand.
 func runHolder(args []string) int {
-	_ = shedCapabilities()                          // it holds with all of them too
+	_ = shedCapabilities(0)                         // it holds with all of them too
 	cfg, _ := loadConfig(config.Path(os.LookupEnv)) // the lock is there, whatever it says by now
 	if err := guard.RunHolder(args, wire.Holder(cfg), stayingLocker(&guard.Holder{})(cfg, parent())); err != nil {
 		return netlock.ExitCode(err) // who started this has gone long ago

@@ -49,6 +49,7 @@ func (h *hookCall) run() (code int, line string) {
 	ev, err := action.FromEnv(h.lookup)
 	var rep action.Report
 	var unguarded error // why the checkpoint has no guard, where it was to get one
+	var unshed error    // why the hook keeps more capabilities than it needs
 	done := false       // what the hook is for is done, whatever err says
 	if err == nil {
 		cfg, cfgErr = loadConfig(config.Path(h.lookup))
@@ -58,20 +59,29 @@ func (h *hookCall) run() (code int, line string) {
 		// which CRIU ignores the exit code here anyway.
 		unlocks := op == action.Unlock || op == action.Sweep
 		if cfgErr == nil || unlocks {
-			rep, err = within(h.start, cfg.Timeout, func(ctx context.Context) (action.Report, error) {
+			type outcome struct {
+				rep    action.Report
+				unshed error
+			}
+			var out outcome
+			out, err = within(h.start, cfg.Timeout, func(ctx context.Context) (out outcome, err error) {
 				l := h.locker(cfg, ev.Caller)
 				l.Options.Terse = true
 				notHeld := h.hold(l, cfg, ev)
 				a := action.Handler{Locker: l, Open: h.open, Trial: func(ctx context.Context) (netlock.Result, error) { return netlock.Trial(ctx, l) }}
 				if h.guard == 0 {
 					a.Turn = h.turn(cfg, unlocks)
+					if out.unshed = shedAsRoot(); out.unshed == nil && early.Asks(string(ev.Action)) {
+						a.Entered = func() { out.unshed = shedInside(cfg) }
+					}
 				}
-				rep, err := a.Handle(ctx, ev)
-				if rep.NotHeld == nil && rep.Mode != "" {
-					rep.NotHeld = notHeld
+				out.rep, err = a.Handle(ctx, ev)
+				if out.rep.NotHeld == nil && out.rep.Mode != "" {
+					out.rep.NotHeld = notHeld
 				}
-				return rep, err
+				return out, err
 			})
+			rep, unshed = out.rep, out.unshed
 			if err == nil && h.guard == 0 && cfg.Guard {
 				unguarded = startGuard(ev, rep, h.holder)
 			}
@@ -82,7 +92,7 @@ func (h *hookCall) run() (code int, line string) {
 			err = cfgErr
 		}
 	}
-	return netlock.ExitCode(err), h.line(cfg.LogLevel, ev, rep, done, err, unguarded)
+	return netlock.ExitCode(err), h.line(cfg.LogLevel, ev, rep, done, err, unguarded, unshed)
 }
 
 // hold makes the locker hold, if the configuration has it so and the hook locks. It returns
@@ -146,7 +156,7 @@ func (h hookCall) turn(cfg config.Config, unlocks bool) func(*netlock.Namespace,
 }
 
 // line is what CRIU's log is told about one hook.
-func (h hookCall) line(levelName string, ev action.Event, rep action.Report, done bool, err, unguarded error) string {
+func (h hookCall) line(levelName string, ev action.Event, rep action.Report, done bool, err, unguarded, unshed error) string {
 	level := slog.LevelInfo
 	msg := rep.Result
 	held, holdWarns := wire.HoldAttrs(rep)
@@ -156,7 +166,7 @@ func (h hookCall) line(levelName string, ev action.Event, rep action.Report, don
 		if !done {
 			rep.Result = "failed"
 		}
-	case rep.Loud, unguarded != nil, holdWarns:
+	case rep.Loud, unguarded != nil, unshed != nil, holdWarns:
 		level = slog.LevelWarn
 	}
 	var least slog.Level
@@ -177,6 +187,9 @@ func (h hookCall) line(levelName string, ev action.Event, rep action.Report, don
 	}
 	if unguarded != nil {
 		attrs = append(attrs, slog.String("guard_err", wire.OneLine(unguarded.Error())))
+	}
+	if unshed != nil {
+		attrs = append(attrs, slog.String("capabilities_err", wire.OneLine(unshed.Error())))
 	}
 	if err != nil {
 		attrs = append(attrs, slog.String("err", told(err)))

@@ -83,6 +83,7 @@ func calls() map[int]call {
 		unix.SYS_IO_URING_REGISTER: {"io_uring_register", []unix.Errno{EINTR, EAGAIN, ENOMEM, EPERM, EBUSY, EMFILE}},
 		unix.SYS_CAPSET:            {"capset", nil}, // to give up is allowed to everybody
 		unix.SYS_CAPGET:            {"capget", []unix.Errno{EPERM}},
+		unix.SYS_CAPSET:            {"capset", []unix.Errno{ENOMEM, EPERM}},
 		unix.SYS_EPOLL_CREATE1:     {"epoll_create1", []unix.Errno{ENOMEM, EMFILE}},
 		unix.SYS_EPOLL_CTL:         {"epoll_ctl", []unix.Errno{ENOMEM, EPERM}},
 		unix.SYS_EVENTFD2:          {"eventfd2", []unix.Errno{ENOMEM, EMFILE}},

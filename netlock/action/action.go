@@ -177,6 +177,9 @@ type Handler struct {
 	// Turn, if set, calls what changes a lock when it is its turn among those that work
 	// on the namespace.
 	Turn func(*netlock.Namespace, func() error) error
+	// Entered, if set, is called in the namespace before its lock is looked at or changed, by
+	// a caller who enters no other.
+	Entered func()
 }
 
 // Report is what a hook did, for the log.
@@ -226,9 +229,9 @@ func (h *Handler) Handle(ctx context.Context, ev Event) (rep Report, err error) 
 	case CheckTask:
 		err = h.check(ctx, ns, &rep)
 	case Lock, Ensure, EnsureRemovable:
-		err = h.turn(ns, func() error { return inside(ns, func() error { return h.lock(ctx, ns, ev, &rep) }) })
+		err = h.turn(ns, func() error { return h.inside(ns, func() error { return h.lock(ctx, ns, ev, &rep) }) })
 	case Unlock, Sweep:
-		err = h.turn(ns, func() error { return inside(ns, func() error { return h.unlock(ctx, ns, op, &rep) }) })
+		err = h.turn(ns, func() error { return h.inside(ns, func() error { return h.unlock(ctx, ns, op, &rep) }) })
 	default:
 		err = fmt.Errorf("action %s: operation %d has no code", ev.Action, op)
 	}
@@ -237,11 +240,16 @@ func (h *Handler) Handle(ctx context.Context, ev Event) (rep Report, err error) 
 
 // inside makes one way into the namespace do for all that is done there, unless there may
 // be no need to enter it at all.
-func inside(ns *netlock.Namespace, f func() error) error {
+func (h *Handler) inside(ns *netlock.Namespace, f func() error) error {
 	if ns.KeepsSockets() {
 		return f()
 	}
-	return ns.Do(f)
+	return ns.Do(func() error {
+		if h.Entered != nil {
+			h.Entered()
+		}
+		return f()
+	})
 }
 
 func (h *Handler) open(pid int) (*netlock.Namespace, func(), error) {

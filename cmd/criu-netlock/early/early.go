@@ -54,16 +54,18 @@ func bare() bool {
 	return b[n-1] == 0
 }
 
-// hook returns where there is something to do in this process.
-func hook(env func(string) string) {
+// hook returns where there is something to do in this process, and whether that is a hook's work.
+func hook(env func(string) string) bool {
 	name := env("CRTOOLS_SCRIPT_ACTION")
 	switch {
 	case name == "":
+		return false
 	case !Busy(name):
 		exit(0)
 	case Asks(name):
 		ask(name, env)
 	}
+	return true
 }
 
 // Busy tells whether a hook has something to do: action.OpOf says what, and a test

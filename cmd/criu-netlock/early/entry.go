@@ -20,8 +20,8 @@ var _, _, _ = entry, &first, &noG // the linker and the assembler use them
 
 func begin() {
 	entered = true
-	if *(*uintptr)(stack) == 1 {
-		hook(environ)
+	if *(*uintptr)(stack) == 1 && hook(environ) {
+		shed()
 	}
 }
 
