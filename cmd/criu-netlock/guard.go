@@ -9,7 +9,6 @@ import (
 	"log/syslog"
 	"os"
 	"runtime"
-	"strconv"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -29,7 +28,7 @@ const readyTime = time.Second
 // startGuard starts the guard of a checkpoint, if the hook is one that does. It returns
 // why there is none, where there should be one.
 // What the hook holds goes on to the guard.
-func startGuard(ev action.Event, rep action.Report, holder *guard.Holder) error {
+func startGuard(ev action.Event, rep action.Report, by *criu, holder *guard.Holder) error {
 	phase, wait := guard.Dump, readyTime
 	switch {
 	case rep.Netns == 0: // a task in our own namespace
@@ -40,8 +39,7 @@ func startGuard(ev action.Event, rep action.Report, holder *guard.Holder) error 
 	default:
 		return nil
 	}
-	criu, ok := criuPID(ev)
-	if !ok {
+	if by == nil {
 		return nil // no CRIU to watch: somebody tries the hook
 	}
 	ns, err := netlock.FromPID(ev.PID)
@@ -49,7 +47,7 @@ func startGuard(ev action.Event, rep action.Report, holder *guard.Holder) error 
 		return err
 	}
 	defer ns.Close()
-	c, err := guard.Open(phase, ns, criu, ev.PID)
+	c, err := guard.Open(phase, ns, by.pid, by.fd, ev.PID)
 	if err != nil {
 		return err
 	}
@@ -80,26 +78,6 @@ func opener(c guard.Checkpoint) func(int) (*netlock.Namespace, func(), error) {
 		}
 		return ns, func() { ns.Close() }, nil
 	}
-}
-
-// criuPID is CRIU's pid: the process whose image directory the hook was given, if it is
-// one of our ancestors. A script around us would pass for CRIU otherwise, and end at once.
-func criuPID(ev action.Event) (int, bool) {
-	pid, err := strconv.Atoi(early.CRIU(ev.ImageDir))
-	if err != nil || pid <= 1 {
-		return 0, false
-	}
-	const generations = 8
-	up := os.Getppid()
-	for range generations {
-		if up == pid {
-			return pid, true
-		}
-		if up = netlock.ParentOf(up); up <= 1 {
-			break
-		}
-	}
-	return 0, false
 }
 
 // runGuardStart starts a guard and leaves it alone.

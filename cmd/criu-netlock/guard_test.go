@@ -31,7 +31,7 @@ func newCRIU(t *testing.T, env ...string) *fakeCRIU {
 	t.Helper()
 	const script = `eval "$PREPARE" || exit
 while read a p; do
-	CRTOOLS_SCRIPT_ACTION=$a CRTOOLS_INIT_PID=$p CRTOOLS_IMAGE_DIR=/proc/$$/fd/3 "$1" 2>"$2"
+	CRTOOLS_SCRIPT_ACTION=$a CRTOOLS_INIT_PID=$p CRTOOLS_IMAGE_DIR=${IMAGES-/proc/$$/fd/3} "$1" 2>"$2"
 	echo $?
 done`
 	dir := t.TempDir()

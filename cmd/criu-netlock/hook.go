@@ -51,13 +51,22 @@ func (h *hookCall) run() (code int, line string) {
 	var unguarded error // why the checkpoint has no guard, where it was to get one
 	var unshed error    // why the hook keeps more capabilities than it needs
 	done := false       // what the hook is for is done, whatever err says
+	var by *criu
+	var gone error // CRIU is no more
 	if err == nil {
 		cfg, cfgErr = loadConfig(config.Path(h.lookup))
 		op := action.OpOf(ev.Action)
-		ev.Caller = h.caller(ev, op)
+		unlocks := op == action.Unlock || op == action.Sweep
+		switch {
+		case h.guard != 0:
+			ev.Caller = h.criu
+		case !unlocks && op.NeedsPID(): // to the others it is some reads of /proc that a container would wait for
+			by, gone = findCRIU(ev)
+			defer by.close()
+			ev.Caller = by.caller(ev)
+		}
 		// A container left without its network is worse than an ignored configuration, of
 		// which CRIU ignores the exit code here anyway.
-		unlocks := op == action.Unlock || op == action.Sweep
 		if cfgErr == nil || unlocks {
 			type outcome struct {
 				rep    action.Report
@@ -67,10 +76,16 @@ func (h *hookCall) run() (code int, line string) {
 			out, err = within(h.start, cfg.Timeout, func(ctx context.Context) (out outcome, err error) {
 				l := h.locker(cfg, ev.Caller)
 				l.Options.Terse = true
-				notHeld := h.hold(l, cfg, ev)
+				notHeld := h.hold(l, cfg, ev, by)
 				a := action.Handler{Locker: l, Open: h.open, Trial: func(ctx context.Context) (netlock.Result, error) { return netlock.Trial(ctx, l) }}
 				if h.guard == 0 {
 					a.Turn = h.turn(cfg, unlocks)
+					a.Wanted = func() error {
+						if gone != nil {
+							return gone
+						}
+						return by.alive()
+					}
 					if out.unshed = shedAsRoot(); out.unshed == nil && early.Asks(string(ev.Action)) {
 						a.Entered = func() { out.unshed = shedInside(cfg) }
 					}
@@ -83,7 +98,7 @@ func (h *hookCall) run() (code int, line string) {
 			})
 			rep, unshed = out.rep, out.unshed
 			if err == nil && h.guard == 0 && cfg.Guard {
-				unguarded = startGuard(ev, rep, h.holder)
+				unguarded = startGuard(ev, rep, by, h.holder)
 			}
 		}
 		done = err == nil && rep.Result != "" || err != nil && netlock.KindOf(err) == netlock.KindTampered
@@ -97,7 +112,7 @@ func (h *hookCall) run() (code int, line string) {
 
 // hold makes the locker hold, if the configuration has it so and the hook locks. It returns
 // why it does not where it was to.
-func (h *hookCall) hold(l *netlock.Locker, cfg config.Config, ev action.Event) (notHeld error) {
+func (h *hookCall) hold(l *netlock.Locker, cfg config.Config, ev action.Event, by *criu) (notHeld error) {
 	switch action.OpOf(ev.Action) {
 	case action.Lock, action.Ensure, action.EnsureRemovable:
 		if cfg.Mode == config.Drop {
@@ -107,7 +122,7 @@ func (h *hookCall) hold(l *netlock.Locker, cfg config.Config, ev action.Event) (
 			if h.phase = guard.Restore; ev.Action == action.NetworkLock {
 				h.phase = guard.Dump
 			}
-			if _, ok := criuPID(ev); ok && ev.Action == action.SetupNamespaces && cfg.Guard {
+			if by != nil && ev.Action == action.SetupNamespaces && cfg.Guard {
 				h.holder = wire.Holder(cfg)
 				h.holder.HandsOn = true // to the guard that is about to be started
 			}
@@ -118,25 +133,6 @@ func (h *hookCall) hold(l *netlock.Locker, cfg config.Config, ev action.Event) (
 		l.Options.Holder = h.holder
 	}
 	return notHeld
-}
-
-// caller is CRIU: who started us, or, where that is a script around us, the process
-// whose image directory we were given. Only a lock bears it: to the other hooks it is
-// some reads of /proc that a container would wait for.
-func (h hookCall) caller(ev action.Event, op action.Op) netlock.Caller {
-	switch op {
-	case action.Lock, action.Ensure, action.EnsureRemovable:
-	default:
-		return netlock.Caller{}
-	}
-	if h.guard != 0 {
-		return h.criu
-	}
-	pid := os.Getppid()
-	if criu, ok := criuPID(ev); ok {
-		pid = criu
-	}
-	return netlock.CallerOf(pid).For(ev.PID)
 }
 
 // turn makes the hook wait while a guard is at work on the same namespace. After half

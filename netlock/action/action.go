@@ -177,6 +177,9 @@ type Handler struct {
 	// Turn, if set, calls what changes a lock when it is its turn among those that work
 	// on the namespace.
 	Turn func(*netlock.Namespace, func() error) error
+	// Wanted, if set, returns why a lock would be nobody's any more, before and after it is
+	// taken: who would end it is gone.
+	Wanted func() error
 	// Entered, if set, is called in the namespace before its lock is looked at or changed, by
 	// a caller who enters no other.
 	Entered func()
@@ -287,11 +290,19 @@ func (h *Handler) check(ctx context.Context, ns *netlock.Namespace, rep *Report)
 }
 
 func (h *Handler) lock(ctx context.Context, ns *netlock.Namespace, ev Event, rep *Report) error {
-	if ev.Action == SetupNamespaces || OpOf(ev.Action) == EnsureRemovable {
+	if err := h.wanted(ns); err != nil {
+		return err
+	}
+	was := true // something of ours was there, as far as is known
+	switch {
+	case ev.Action == NetworkLock:
+		was = false // the tasks live, whatever was there
+	case ev.Action == SetupNamespaces || OpOf(ev.Action) == EnsureRemovable:
 		st, err := h.Locker.State(ctx, ns)
 		if err != nil {
 			return err
 		}
+		was = st.Locked
 		if ev.Action == SetupNamespaces {
 			rep.WasLocked = st.Locked && !st.Caller.Is(ev.Caller)
 		} else {
@@ -303,6 +314,10 @@ func (h *Handler) lock(ctx context.Context, ns *netlock.Namespace, ev Event, rep
 	if err != nil {
 		return err
 	}
+	if err := h.wanted(ns); err != nil && !was && !res.Already {
+		_, undo := h.Locker.Unlock(ctx, ns)
+		return errors.Join(err, undo)
+	}
 	rep.Backend, rep.Mode, rep.NotHeld = res.Backend, res.Mode, res.NotHeld
 	switch {
 	case rep.Loud:
@@ -311,6 +326,16 @@ func (h *Handler) lock(ctx context.Context, ns *netlock.Namespace, ev Event, rep
 		rep.Result = "already locked"
 	default:
 		rep.Result = "locked"
+	}
+	return nil
+}
+
+func (h *Handler) wanted(ns *netlock.Namespace) error {
+	if h.Wanted == nil {
+		return nil
+	}
+	if err := h.Wanted(); err != nil {
+		return &netlock.Error{Kind: netlock.KindOther, Op: "lock", Namespace: ns.String(), Err: err}
 	}
 	return nil
 }

@@ -231,6 +231,9 @@ func (g *Guard) hook(r Request) Answer {
 		return Answer{Code: notDone}
 	}
 	defer t.done()
+	if g.CRIUfd >= 0 && waitPidfd(g.CRIUfd, 0) {
+		return Answer{Code: notDone} // its orphan: what it locks nobody would unlock
+	}
 	a := g.Hook(r)
 	if r.Action == "post-restore" && a.Code == 0 {
 		g.restored.Store(true)
@@ -361,9 +364,19 @@ func traced(pid int) bool {
 	return err == nil && ok && !strings.HasPrefix(strings.TrimSpace(rest), "0\n")
 }
 
-// Open makes a Checkpoint of two pids. The namespace stays the caller's.
-func Open(phase Phase, ns *netlock.Namespace, criu, task int) (Checkpoint, error) {
-	return OpenFor(0, phase, ns, criu, task)
+// Open makes a Checkpoint of CRIU's pid and pidfd, which it duplicates, and the task's pid. The
+// namespace stays the caller's.
+func Open(phase Phase, ns *netlock.Namespace, criu, criuFD, task int) (Checkpoint, error) {
+	c, err := OpenFor(0, phase, ns, 0, task)
+	if err != nil {
+		return c, err
+	}
+	c.CRIU = criu
+	if c.CRIUfd, err = unix.FcntlInt(uintptr(criuFD), unix.F_DUPFD_CLOEXEC, 3); err != nil {
+		c.Close()
+		return c, fmt.Errorf("keep CRIU's pidfd: %w", err)
+	}
+	return c, nil
 }
 
 // OpenFor is Open for a client that locks for CRIU. Where it does not know CRIU's pid, that is 0.

@@ -154,7 +154,12 @@ type lab struct {
 
 func newLab(t *testing.T, phase Phase, dir string, ns *netlock.Namespace) *lab {
 	l := &lab{lock: new(fake), criu: sleeper(t, "criu"), task: sleeper(t, "task"), log: new(strings.Builder), end: make(chan error, 1)}
-	c, err := Open(phase, ns, l.criu, l.task)
+	fd, err := unix.PidfdOpen(l.criu, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	c, err := Open(phase, ns, l.criu, fd, l.task)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -56,19 +56,22 @@ func (t *text) string() string { return unsafe.String(&t.b[0], t.n) }
 
 // What ask works with: the heap may not be there yet.
 var (
-	path, socket, message text
-	stat                  syscall.Stat_t
-	limit                 = syscall.Timeval{Usec: answerTime / 1e3}
-	peer                  syscall.Ucred
-	size                  uint32
-	now                   syscall.Timespec
-	to                    syscall.RawSockaddrUnix
+	path, socket, message, parent text
+	stat                          syscall.Stat_t
+	limit                         = syscall.Timeval{Usec: answerTime / 1e3}
+	peer                          syscall.Ucred
+	size                          uint32
+	now                           syscall.Timespec
+	to                            syscall.RawSockaddrUnix
 )
 
 // ask ends the process if the guard has done the hook's work.
 func ask(name string, env func(string) string) {
 	pid, image := env("CRTOOLS_INIT_PID"), env("CRTOOLS_IMAGE_DIR")
 	criu := CRIU(image)
+	if criu == "" && image != "" {
+		criu = parent.addNumber(ppid()).string() // as package main has it
+	}
 	if criu == "" || !digits(pid) || !trusted() {
 		return
 	}

@@ -38,6 +38,11 @@ func euid() uint32 {
 	return uint32(id)
 }
 
+func ppid() uint64 {
+	id, _, _ := syscall.RawSyscall(syscall.SYS_GETPPID, 0, 0, 0)
+	return uint64(id)
+}
+
 func write(fd uintptr, s string) (int, syscall.Errno) {
 	n, _, errno := syscall.RawSyscall(syscall.SYS_WRITE, fd, pointer(s), uintptr(len(s)))
 	return int(n), errno

@@ -1,0 +1,147 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/criu-netlock/criu-netlock/netlock/netlocktest"
+)
+
+// lonely is a CRIU that begins a hook and then waits to be killed. late is a shell's words in which
+// $0 is the program.
+type lonely struct {
+	*exec.Cmd
+	log string
+}
+
+func newLonely(t *testing.T, s *space, action, late string) *lonely {
+	t.Helper()
+	log := filepath.Join(t.TempDir(), "log")
+	script := "export CRTOOLS_IMAGE_DIR=/proc/$$/fd/3\n(" + late + `; echo "exit $?" >>"$LOG") 2>"$LOG" & exec sleep 600`
+	l := &lonely{exec.Command("sh", "-c", script, program), log}
+	l.Env = append(os.Environ(), "CRIU_NETLOCK_CONFIG=/dev/null", "CRTOOLS_SCRIPT_ACTION="+action, "CRTOOLS_INIT_PID="+s.pid, "LOG="+log)
+	if err := l.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(l.kill)
+	return l
+}
+
+func (l *lonely) kill() {
+	_ = l.Process.Kill() // it may be dead
+	_ = l.Wait()
+}
+
+// said waits for the hook's end, and returns its log and what the shell says of its exit.
+func (l *lonely) said(t *testing.T) (log string) {
+	t.Helper()
+	eventually(t, "the hook's end", func() bool {
+		b, err := os.ReadFile(l.log)
+		log = string(b)
+		return err == nil && strings.Contains(log, "exit ")
+	})
+	return log
+}
+
+// What a hook of a CRIU that was killed would lock nobody would unlock, and its guard has
+// gone: it locks nothing.
+func TestHookOfADeadCRIU(t *testing.T) {
+	netlocktest.Need(t, "strace")
+	for _, action := range []string{"network-lock", "setup-namespaces", "post-setup-namespaces", "post-restore"} {
+		for name, late := range map[string]string{
+			"before": `sleep 0.3; "$0"`,
+			// It has looked for CRIU by then, and has sent nothing yet.
+			"meanwhile": `strace -f -o /dev/null -e trace=sendto -e inject=sendto:delay_enter=300000:when=2 "$0"`,
+		} {
+			if name == "meanwhile" && strings.HasPrefix(action, "post-") {
+				continue // what was there before it does not look at
+			}
+			t.Run(action+" "+name, func(t *testing.T) {
+				s := newSpace(t)
+				before := s.rules(t)
+				l := newLonely(t, s, action, late)
+				time.Sleep(150 * time.Millisecond)
+				l.kill()
+				if log := l.said(t); !strings.Contains(log, "CRIU is gone") || !strings.Contains(log, "exit 1\n") {
+					t.Error(log)
+				}
+				if after := s.rules(t); after != before {
+					t.Errorf("this is left:\n%s", after)
+				}
+			})
+		}
+	}
+}
+
+// However soon CRIU is killed, no lock stays.
+func TestCRIUKilledAtOnce(t *testing.T) {
+	for _, c := range []struct {
+		action string
+		first  []string
+	}{
+		{"network-lock", []string{"pre-dump"}}, {"setup-namespaces", nil}, {"post-setup-namespaces", []string{"setup-namespaces"}},
+	} {
+		t.Run(c.action, func(t *testing.T) {
+			s := newSpace(t)
+			for i := range 30 {
+				late := `"$0"`
+				for _, a := range c.first {
+					late = "CRTOOLS_SCRIPT_ACTION=" + a + ` "$0"; ` + late
+				}
+				l := newLonely(t, s, c.action, late)
+				eventually(t, "a hook", func() bool { _, err := os.Stat(l.log); return err == nil })
+				if c.first != nil {
+					eventually(t, "guarded", func() bool { return len(guards(t, l.Process.Pid)) > 0 })
+				}
+				time.Sleep(time.Duration(i) * 200 * time.Microsecond)
+				l.kill()
+				log := l.said(t)
+				eventually(t, "without a guard", func() bool { return len(guards(t, l.Process.Pid)) == 0 })
+				if s.isLocked(t) {
+					t.Fatalf("killed after %d: locked for ever\n%s", i, log)
+				}
+			}
+		})
+	}
+}
+
+// Who names a directory in place of a descriptor of CRIU's is known by being our parent.
+func TestGuardOfAParent(t *testing.T) {
+	s, c := newSpace(t), newCRIU(t, "IMAGES="+t.TempDir())
+	c.ok(t, s.pid, "pre-dump")
+	if log := c.ok(t, s.pid, "network-lock"); !strings.Contains(log, fmt.Sprint("guard=", c.guard(t))) {
+		t.Errorf("network-lock: %s", log)
+	}
+	run(t, "status", "--json", "--pid", s.pid).want(t, 0, fmt.Sprintf(`"pid": %d`, c.Process.Pid))
+	c.kill()
+	eventually(t, "unlocked", func() bool { return !s.isLocked(t) })
+
+	// Who names nothing tries the hook.
+	s, c = newSpace(t), newCRIU(t, "IMAGES=")
+	c.ok(t, s.pid, "pre-dump", "network-lock")
+	if g := guards(t, c.Process.Pid); len(g) != 0 {
+		t.Errorf("guards %v", g)
+	}
+	c.ok(t, s.pid, "network-unlock")
+}
+
+// A CRIU that is killed when its restore has locked and has no guard yet gets one, which sees
+// that it is gone.
+func TestCRIUKilledBeforeItsGuard(t *testing.T) {
+	netlocktest.Need(t, "strace")
+	s := newSpace(t)
+	before := s.rules(t)
+	l := newLonely(t, s, "setup-namespaces", `strace -f -o /dev/null -e trace=socketpair -e inject=socketpair:delay_enter=400000 "$0"`)
+	eventually(t, "locked", func() bool { return s.isLocked(t) })
+	l.kill()
+	if log := l.said(t); !strings.Contains(log, "result=locked") || !strings.Contains(log, "exit 0\n") {
+		t.Error(log)
+	}
+	eventually(t, "unlocked", func() bool { return s.rules(t) == before })
+	eventually(t, "without a guard", func() bool { return len(guards(t, l.Process.Pid)) == 0 })
+}
