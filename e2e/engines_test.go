@@ -105,7 +105,7 @@ func TestEnginesKilled(t *testing.T) {
 	dumps, restores := []string{"network-lock"}, []string{"post-setup-namespaces"}
 	if *everyHook {
 		dumps = []string{"pre-dump", "network-lock", "post-dump", "network-unlock"}
-		restores = []string{"pre-restore", "setup-namespaces", "post-setup-namespaces", "post-restore"}
+		restores = []string{"pre-restore", "setup-namespaces", "post-setup-namespaces", "post-restore", "network-unlock", "pre-resume", "post-resume"}
 	}
 	for _, e := range engines {
 		if e.name != "lxc" {

@@ -31,7 +31,19 @@ type Caller struct {
 	// Boot tells where the pids mean something: the first digits of the boot's id, and
 	// the pid namespace. In an image they are another host's.
 	Boot string `json:"-"`
+	// Fallback is what becomes of a lock that a restore has made where there was none, should
+	// that fail; empty for the others.
+	Fallback Fallback `json:"-"`
 }
+
+// Fallback is a restore's way back.
+type Fallback string
+
+// The fallbacks.
+const (
+	FallbackUnlock Fallback = "u"
+	FallbackKeep   Fallback = "k"
+)
 
 // CallerOf is the task of that pid as a Caller.
 func CallerOf(pid int) Caller {
@@ -44,6 +56,21 @@ func (c Caller) For(task int) Caller {
 	st, _ := proc.StatOf(task)
 	c.Task, c.TaskStart = task, st.Start
 	return c
+}
+
+// Failed tells whether the caller was a restore that has failed, and that was to leave the
+// namespace unlocked, as it was before.
+func (c Caller) Failed() bool {
+	if c.Fallback != FallbackUnlock || c.Start == 0 || c.Boot != bootID() {
+		return false
+	}
+	_, ok := alive(c.PID, c.Start, proc.StatOf)
+	return !ok
+}
+
+func alive(pid int, start uint64, stat func(int) (proc.Stat, error)) (proc.Stat, bool) {
+	st, err := stat(pid)
+	return st, err == nil && st.Start == start && st.State != 'Z' && st.State != 'X'
 }
 
 // Is tells whether both are the same process, and that is known.
@@ -82,9 +109,10 @@ const (
 	// Waiting: the caller is gone and so is the task: it was dumped, and its peers are
 	// not to be reset before it is restored.
 	Waiting Use = "waiting for a restore"
-	// Stopped: the caller is gone, the task was left stopped.
+	// Stopped: the caller is gone, the task was left stopped, or is paused.
 	Stopped Use = "stopped"
-	// Stale: the caller is gone and the task runs: the checkpoint is over.
+	// Stale: the caller is gone and the task runs, or was to be restored where nothing was locked
+	// before: the checkpoint is over.
 	Stale Use = "stale"
 	// Guarded: the same, and its guard is still there: it is about to unlock, or tries again
 	// what has failed, or waits for a paused task. UseOf knows nothing of guards.
@@ -94,16 +122,13 @@ const (
 )
 
 // UseOf tells what the lock of a State is for. inhabited tells whether a task is in the
-// namespace; it is asked only of a lock that came with an image from another boot.
-func UseOf(st State, inhabited func() bool) Use {
-	return useOf(st.Caller, bootID(), proc.StatOf, inhabited)
+// namespace; it is asked only of a lock that came with an image from another boot. frozen tells
+// whether somebody has paused a task.
+func UseOf(st State, inhabited func() bool, frozen func(pid int) bool) Use {
+	return useOf(st.Caller, bootID(), proc.StatOf, inhabited, frozen)
 }
 
-func useOf(c Caller, boot string, stat func(int) (proc.Stat, error), inhabited func() bool) Use {
-	alive := func(pid int, start uint64) (proc.Stat, bool) {
-		st, err := stat(pid)
-		return st, err == nil && st.Start == start && st.State != 'Z' && st.State != 'X'
-	}
+func useOf(c Caller, boot string, stat func(int) (proc.Stat, error), inhabited func() bool, frozen func(int) bool) Use {
 	switch {
 	case c.Boot == "" || boot == "":
 		return Unknown
@@ -122,13 +147,17 @@ func useOf(c Caller, boot string, stat func(int) (proc.Stat, error), inhabited f
 	if c.Start == 0 || c.TaskStart == 0 {
 		return Unknown // /proc could not be read when the lock was made: that is nobody's death
 	}
-	if _, ok := alive(c.PID, c.Start); ok {
+	if _, ok := alive(c.PID, c.Start, stat); ok {
 		return InUse
 	}
-	switch st, ok := alive(c.Task, c.TaskStart); {
+	switch st, ok := alive(c.Task, c.TaskStart, stat); {
+	case c.Fallback == FallbackKeep:
+		return Waiting
+	case !ok && c.Fallback == FallbackUnlock:
+		return Stale
 	case !ok:
 		return Waiting
-	case st.State == 'T':
+	case st.State == 'T', frozen(c.Task):
 		return Stopped
 	}
 	return Stale
@@ -141,6 +170,9 @@ func Comment(now time.Time, c Caller) string {
 	words := []string{"criu-netlock", FormatVersion, now.UTC().Format(time.RFC3339), strconv.Itoa(c.PID), cleanName(c.Name)}
 	if c.Boot != "" {
 		words = append(words, strconv.FormatUint(c.Start, 10), strconv.Itoa(c.Task), strconv.FormatUint(c.TaskStart, 10), cleanName(c.Boot))
+		if c.Fallback != "" {
+			words = append(words, string(c.Fallback))
+		}
 	}
 	return strings.Join(words, " ")
 }
@@ -148,7 +180,7 @@ func Comment(now time.Time, c Caller) string {
 // ParseComment reads what Comment wrote.
 func ParseComment(s string) (since time.Time, c Caller, err error) {
 	f := strings.Split(s, " ")
-	if (len(f) != 5 && len(f) != 9) || f[0] != "criu-netlock" || f[1] != FormatVersion {
+	if (len(f) != 5 && len(f) != 9 && len(f) != 10) || f[0] != "criu-netlock" || f[1] != FormatVersion {
 		return since, c, errors.New("no metadata of ours")
 	}
 	if since, err = time.Parse(time.RFC3339, f[2]); err != nil {
@@ -172,6 +204,11 @@ func ParseComment(s string) (since time.Time, c Caller, err error) {
 		return bad()
 	}
 	c.Boot = f[8]
+	if len(f) == 10 {
+		if c.Fallback = Fallback(f[9]); c.Fallback != FallbackUnlock && c.Fallback != FallbackKeep {
+			return bad()
+		}
+	}
 	return since, c, nil
 }
 

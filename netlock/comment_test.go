@@ -24,7 +24,7 @@ func TestCommentRoundTrip(t *testing.T) {
 			t.Errorf("%q reads back as %v %v %v", text, since, c, err)
 		}
 	}
-	whole := Caller{PID: 1 << 22, Name: strings.Repeat("n", 15), Start: 1<<64 - 1, Task: 1 << 22, TaskStart: 1<<64 - 1, Boot: "0123abceffffffc"}
+	whole := Caller{PID: 1 << 22, Name: strings.Repeat("n", 15), Start: 1<<64 - 1, Task: 1 << 22, TaskStart: 1<<64 - 1, Boot: "0123abceffffffc", Fallback: FallbackKeep}
 	if text := Comment(now, whole); len(text) > 127 {
 		t.Errorf("%q: %d bytes, nft's limit is 127", text, len(text))
 	} else if _, c, err := ParseComment(text); err != nil || c != whole {
@@ -33,7 +33,8 @@ func TestCommentRoundTrip(t *testing.T) {
 	for _, bad := range []string{"", "criu-netlock", "criu-netlock 2 2026-11-23T15:13:55Z 1 criu", "criu-netlock 1 yesterday 1 criu",
 		"criu-netlock 1 2026-11-23T15:13:55Z x criu", "criu-netlock 1 2026-11-23T15:13:55Z 1 a\"b", "criu-netlock 1 2026-11-23T15:13:55Z 1 criu more",
 		"criu-netlock 1 2026-11-23T15:13:55Z 1 criu x 1 1 b", "criu-netlock 1 2026-11-23T15:13:55Z 1 criu 1 x 1 b",
-		"criu-netlock 1 2026-11-23T15:13:55Z 1 criu 1 1 -1 b", "criu-netlock 1 2026-11-23T15:13:55Z 1 criu 1 1 1 a(b", "criu-netlock 1 2026-11-23T15:13:55Z 1 criu 1 1 1"} {
+		"criu-netlock 1 2026-11-23T15:13:55Z 1 criu 1 1 -1 b", "criu-netlock 1 2026-11-23T15:13:55Z 1 criu 1 1 1 a(b", "criu-netlock 1 2026-11-23T15:13:55Z 1 criu 1 1 1",
+		"criu-netlock 1 2026-11-23T15:13:55Z 1 criu 1 1 1 b x", "criu-netlock 1 2026-11-23T15:13:55Z 1 criu 1 1 1 b u u", "criu-netlock 1 2026-11-23T15:13:55Z 1 criu 1 1 1 b "} {
 		if _, _, err := ParseComment(bad); err == nil {
 			t.Errorf("%q passes for our metadata", bad)
 		}
@@ -61,7 +62,7 @@ func TestCallerOf(t *testing.T) {
 func TestUse(t *testing.T) {
 	const boot = "0123abceffffffc"
 	tasks := map[int]proc.Stat{
-		10: {Start: 100, State: 'S'}, 11: {Start: 100, State: 'Z'}, 20: {Start: 200, State: 'R'}, 21: {Start: 200, State: 'T'}, 22: {Start: 200, State: 'D'},
+		10: {Start: 100, State: 'S'}, 11: {Start: 100, State: 'Z'}, 20: {Start: 200, State: 'R'}, 23: {Start: 200, State: 'S'}, 21: {Start: 200, State: 'T'}, 22: {Start: 200, State: 'D'},
 	}
 	stat := func(pid int) (proc.Stat, error) {
 		if st, ok := tasks[pid]; ok {
@@ -72,11 +73,19 @@ func TestUse(t *testing.T) {
 	caller := func(pid int, start uint64, task int, taskStart uint64) Caller {
 		return Caller{PID: pid, Name: "criu", Start: start, Task: task, TaskStart: taskStart, Boot: boot}
 	}
+	after := func(f Fallback, c Caller) Caller { c.Fallback = f; return c }
 	for name, c := range map[string]struct {
 		c         Caller
 		inhabited bool
 		want      Use
 	}{
+		"CRIU dead, task paused":           {caller(9, 100, 23, 200), true, Stopped},
+		"a restore at work":                {after(FallbackUnlock, caller(10, 100, 20, 200)), true, InUse},
+		"a restore failed, task dead":      {after(FallbackUnlock, caller(9, 100, 19, 200)), false, Stale},
+		"a restore failed, task there":     {after(FallbackUnlock, caller(9, 100, 20, 200)), true, Stale},
+		"a restore left its task stopped":  {after(FallbackUnlock, caller(9, 100, 21, 200)), true, Stopped},
+		"a restore failed, to be kept":     {after(FallbackKeep, caller(9, 100, 19, 200)), false, Waiting},
+		"the same, task there":             {after(FallbackKeep, caller(9, 100, 20, 200)), true, Waiting},
 		"CRIU at work":                     {caller(10, 100, 20, 200), true, InUse},
 		"its pid is another's":             {caller(10, 99, 20, 200), true, Stale},
 		"CRIU a zombie":                    {caller(11, 100, 20, 200), true, Stale},
@@ -94,11 +103,11 @@ func TestUse(t *testing.T) {
 		"of an image, restored without us": {Caller{PID: 9, Task: 20, Boot: "fffffffeffffffc"}, true, Stale},
 		"of an image, not restored":        {Caller{PID: 9, Task: 20, Boot: "fffffffeffffffc"}, false, Waiting},
 	} {
-		if got := useOf(c.c, boot, stat, func() bool { return c.inhabited }); got != c.want {
+		if got := useOf(c.c, boot, stat, func() bool { return c.inhabited }, func(pid int) bool { return pid == 23 }); got != c.want {
 			t.Errorf("%s: %s, want %s", name, got, c.want)
 		}
 	}
-	if got := useOf(caller(10, 100, 20, 200), "", stat, nil); got != Unknown {
+	if got := useOf(caller(10, 100, 20, 200), "", stat, nil, nil); got != Unknown {
 		t.Errorf("without a boot id: %s", got)
 	}
 }

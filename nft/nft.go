@@ -565,7 +565,7 @@ func (s *session) lock(text string) (already bool, err error) {
 		if !ok {
 			return false, netlock.HeldError(s.ns, Name)
 		}
-		if s.bind(); s.notHeld != nil && intact(was.mine) {
+		if s.bind(); s.notHeld != nil && intact(was.mine) && s.asWanted(was.mine[0]) {
 			continue // it may be as wanted by now
 		}
 		s.mode = netlock.Drop

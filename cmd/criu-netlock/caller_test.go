@@ -1,15 +1,22 @@
 package main
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/criu-netlock/criu-netlock/netlock"
+	"github.com/criu-netlock/criu-netlock/netlock/action"
+	"github.com/criu-netlock/criu-netlock/netlock/criurpc"
 	"github.com/criu-netlock/criu-netlock/netlock/netlocktest"
+	"github.com/criu-netlock/criu-netlock/nft"
 )
 
 // lonely is a CRIU that begins a hook and then waits to be killed. late is a shell's words in which
@@ -144,4 +151,47 @@ func TestCRIUKilledBeforeItsGuard(t *testing.T) {
 	}
 	eventually(t, "unlocked", func() bool { return s.rules(t) == before })
 	eventually(t, "without a guard", func() bool { return len(guards(t, l.Process.Pid)) == 0 })
+}
+
+// stubborn is a backend that cannot unlock from some time on.
+type stubborn struct {
+	netlock.Backend
+	now bool
+}
+
+func (s *stubborn) Unlock(ctx context.Context, ns *netlock.Namespace, o netlock.Options) (netlock.State, error) {
+	if s.now {
+		return netlock.State{}, errors.New("not today")
+	}
+	return s.Backend.Unlock(ctx, ns, o)
+}
+
+// What a client that lives on could not unlock in the end its guard unlocks.
+func TestClientLeavesAnUnlockToItsGuard(t *testing.T) {
+	s := newSpace(t)
+	before := s.rules(t)
+	criu := exec.Command("sleep", "600")
+	if err := criu.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = criu.Process.Kill(); _ = criu.Wait() })
+	pid, err := strconv.Atoi(s.pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := &stubborn{Backend: nft.New()}
+	c := criurpc.NewDump(pid, true, criurpc.Options{Locker: netlock.New(b), Guard: program})
+	c.SetCRIU(criu.Process.Pid)
+	for _, name := range []action.Name{action.PreDump, action.NetworkLock} {
+		if _, err := c.Handle(t.Context(), name, pid); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.wantLocked(t, true)
+	b.now = true
+	if err := c.End(errors.New("the dump failed")); err == nil || !strings.Contains(err.Error(), "not today") {
+		t.Fatal(err)
+	}
+	eventually(t, "unlocked", func() bool { return s.rules(t) == before })
+	eventually(t, "without a guard", func() bool { return len(guards(t, criu.Process.Pid)) == 0 })
 }

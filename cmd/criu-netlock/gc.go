@@ -14,11 +14,15 @@ import (
 	"github.com/criu-netlock/criu-netlock/netlock/guard"
 )
 
-// use tells what a lock is for. A live guard still has its eye on the namespace.
-func use(ns *netlock.Namespace, st netlock.State, guarded map[uint64]bool) netlock.Use {
-	u := netlock.UseOf(st, func() bool { return inhabited(ns.Inode()) })
-	if u == netlock.Stale && guarded[ns.Inode()] {
+// use tells what a lock is for. A live guard still has its eye on the namespace, unless it
+// has given up.
+func use(ns *netlock.Namespace, st netlock.State, guarded map[uint64]guard.Watch) netlock.Use {
+	u, watch := netlock.UseOf(st, func() bool { return inhabited(ns.Inode()) }, guard.Frozen), guarded[ns.Inode()]
+	switch {
+	case u == netlock.Stale && watch != 0, u == netlock.InUse && watch == guard.Owes:
 		return netlock.Guarded
+	case u == netlock.InUse && watch == guard.GaveUp:
+		return netlock.Stale
 	}
 	return u
 }
@@ -49,6 +53,9 @@ func (c *cli) gc() error {
 	out, err := within(c.start, cfg.Timeout, func(ctx context.Context) ([]outcome, error) {
 		found, findErr := find(ctx, l)
 		guarded := guard.Alive()
+		if !c.dryRun {
+			guard.Sweep()
+		}
 		out := make([]outcome, len(found))
 		parallel(len(found), func(i int) {
 			f := found[i]
@@ -103,7 +110,7 @@ func useText(u netlock.Use) string {
 	case netlock.Stale:
 		return "stale: its checkpoint is over; criu-netlock gc unlocks it"
 	case netlock.Guarded:
-		return "left to its guard: CRIU is gone; if an unlock has failed, the system log has why"
+		return "left to its guard: CRIU is gone, or its unlock has failed, for which the system log has why"
 	case netlock.Unknown:
 		return "unknown: not from this host's tasks, or its metadata are gone"
 	}

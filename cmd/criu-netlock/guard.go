@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/syslog"
 	"os"
+	"os/signal"
 	"runtime"
 	"time"
 
@@ -66,6 +67,25 @@ func startGuard(ev action.Event, rep action.Report, by *criu, holder *guard.Hold
 	return err
 }
 
+// oweUnlock leaves an unlock that has failed to the guard: nobody calls for it again.
+func oweUnlock(ev action.Event, rep action.Report) {
+	by, err := findCRIU(ev)
+	if err != nil || by == nil {
+		return // its guard knows what to do without CRIU
+	}
+	defer by.close()
+	netns := rep.Netns
+	if netns == 0 { // the deadline has passed
+		ns, err := netlock.FromPID(ev.PID)
+		if err != nil {
+			return
+		}
+		defer ns.Close()
+		netns = ns.Inode()
+	}
+	guard.Owe(netns, by.pid, ev.PID)
+}
+
 // opener gives out the guard's own handle while that is the task's namespace.
 func opener(c guard.Checkpoint) func(int) (*netlock.Namespace, func(), error) {
 	return func(pid int) (*netlock.Namespace, func(), error) {
@@ -97,6 +117,10 @@ func runGuard(args []string) int {
 			_ = logger.Warning(wire.OneLine(fmt.Sprintf(format, a...))) // there is no other place
 		}
 	}
+	// A service that ends ends its processes: CRIU's death is what this one waits for.
+	signal.Ignore(unix.SIGHUP, unix.SIGINT)
+	quit := make(chan os.Signal, 1)
+	signal.Notify(quit, unix.SIGTERM)
 	if err := shedCapabilities(0); err != nil {
 		log("the guard keeps all capabilities: %v", err)
 	}
@@ -117,6 +141,13 @@ func runGuard(args []string) int {
 		caller = c.Client
 	}
 	criu := netlock.CallerOf(caller).For(c.Task)
+	if c.Phase == guard.Restore {
+		policy := c.Policy
+		if policy == "" {
+			policy = guard.Policy(cfg.OnFailedRestore)
+		}
+		criu.Fallback = policy.Fallback(c.WasLocked)
+	}
 	kernel, holder := &nft.Kernel{}, wire.Holder(cfg)
 	locker := stayingLocker(holder, nft.WithKernel(kernel))
 	c.NS.KeepSockets()
@@ -136,6 +167,7 @@ func runGuard(args []string) int {
 		},
 		Default:  guard.Policy(cfg.OnFailedRestore),
 		Over:     over,
+		Quit:     quit,
 		Deadline: cfg.GuardTimeout,
 		Log:      log,
 		Hook: func(r guard.Request) guard.Answer {

@@ -16,6 +16,7 @@ import (
 
 	"github.com/criu-netlock/criu-netlock/cmd/criu-netlock/early"
 	"github.com/criu-netlock/criu-netlock/netlock/action"
+	"github.com/criu-netlock/criu-netlock/netlock/config"
 	"github.com/criu-netlock/criu-netlock/netlock/guard"
 	"github.com/criu-netlock/criu-netlock/netlock/netlocktest"
 )
@@ -285,25 +286,118 @@ func TestGuardOff(t *testing.T) {
 	c.ok(t, s.pid, "network-unlock")
 }
 
-// A restore that fails goes back to what was there.
+// A restore that fails goes back to what was there, or as the configuration has it.
 func TestGuardOfARestore(t *testing.T) {
-	for _, was := range []bool{false, true} {
-		t.Run(fmt.Sprint("locked before ", was), func(t *testing.T) {
-			s, c := newSpace(t), newCRIU(t)
-			if was {
-				run(t, "lock", "--pid", s.pid).want(t, 0)
+	for policy, stays := range map[string]func(was bool) bool{
+		"previous": func(was bool) bool { return was },
+		"keep":     func(bool) bool { return true },
+		"unlock":   func(bool) bool { return false },
+	} {
+		for _, was := range []bool{false, true} {
+			t.Run(fmt.Sprint(policy, ", locked before ", was), func(t *testing.T) {
+				s, c := newSpace(t), newCRIU(t, config.EnvPath+"="+file(t, "netlock.toml", "on-failed-restore = \""+policy+"\"\n"))
+				if was {
+					run(t, "lock", "--pid", s.pid).want(t, 0)
+				}
+				c.ok(t, s.pid, "setup-namespaces")
+				if !s.isLocked(t) {
+					t.Fatal("not locked")
+				}
+				c.guard(t)
+				c.ok(t, s.pid, "post-setup-namespaces")
+				c.kill()
+				eventually(t, "without a guard", func() bool { return len(guards(t, c.Process.Pid)) == 0 })
+				if s.isLocked(t) != stays(was) {
+					t.Errorf("after the restore failed: locked is %v", !stays(was))
+				}
+			})
+		}
+	}
+}
+
+// A restore that fails in a namespace which another one has left locked, its guard dead, goes back to
+// what was there before that one.
+func TestGuardOfASecondRestore(t *testing.T) {
+	s, c := newSpace(t), newCRIU(t)
+	before := s.rules(t)
+	c.ok(t, s.pid, "setup-namespaces")
+	if err := unix.Kill(c.guard(t), unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	c.kill()
+	c = newCRIU(t)
+	c.ok(t, s.pid, "setup-namespaces", "post-setup-namespaces")
+	// The lock is the second one's by now, or gc would take it off.
+	run(t, "status", "--json", "--pid", s.pid).want(t, 0, `"intact": true`, fmt.Sprintf(`"pid": %d`, c.Process.Pid))
+	c.kill()
+	eventually(t, "unlocked", func() bool { return s.rules(t) == before })
+}
+
+// Somebody who ends a service ends its guards: they stay while CRIU does.
+func TestGuardToldToEnd(t *testing.T) {
+	s, c := newSpace(t), newCRIU(t)
+	c.ok(t, s.pid, "pre-dump", "network-lock")
+	g := c.guard(t)
+	for _, sig := range []unix.Signal{unix.SIGHUP, unix.SIGINT, unix.SIGTERM} {
+		if err := unix.Kill(g, sig); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if log := c.ok(t, s.pid, "post-setup-namespaces"); !strings.Contains(log, fmt.Sprint("guard=", g)) {
+		t.Errorf("it does not answer: %s", log)
+	}
+	c.kill()
+	eventually(t, "unlocked", func() bool { return !s.isLocked(t) })
+}
+
+// An unlock that failed is done by the guard as soon as it can be, CRIU alive or not; meanwhile
+// list says so, and when the guard has given up gc does it.
+func TestGuardOwesAnUnlock(t *testing.T) {
+	for _, gaveUp := range []bool{false, true} {
+		t.Run(fmt.Sprint("gave up ", gaveUp), func(t *testing.T) {
+			limit := "60s"
+			if gaveUp {
+				limit = "1s"
 			}
-			c.ok(t, s.pid, "setup-namespaces")
-			if !s.isLocked(t) {
-				t.Fatal("not locked")
+			log, prepare := newSystemLog(t)
+			s := newSpace(t)
+			c := newCRIU(t, append(prepare, config.EnvPath+"="+file(t, "netlock.toml", "backend = \"iptables\"\ntimeout = \"1s\"\nguard-timeout = \""+limit+"\"\n"))...)
+			c.ok(t, s.pid, "setup-namespaces", "post-restore")
+			// xtables' own lock, held by somebody.
+			f, err := os.OpenFile("/proc/"+strconv.Itoa(c.Process.Pid)+"/root/run/xtables.lock", os.O_RDWR, 0)
+			if err != nil {
+				t.Fatal(err)
 			}
-			c.guard(t)
-			c.ok(t, s.pid, "post-setup-namespaces")
-			c.kill()
-			eventually(t, "without a guard", func() bool { return len(guards(t, c.Process.Pid)) == 0 })
-			if s.isLocked(t) != was {
-				t.Errorf("after the restore failed: locked is %v", !was)
+			defer f.Close()
+			if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
+				t.Fatal(err)
 			}
+			if code, said := c.hook(t, "network-unlock", s.pid); code != "8" {
+				t.Fatalf("exit %s, %s", code, said)
+			}
+			says := func(command, want string) {
+				t.Helper()
+				r := execute(t, nil, "nsenter", "-t", strconv.Itoa(c.Process.Pid), "-m", program, command)
+				if _, of, ok := strings.Cut(r.stdout, fmt.Sprintf("(pid %s ", s.pid)); !ok || !strings.Contains(strings.SplitN(of, "net:[", 2)[0], want) {
+					t.Errorf("%s does not say %q: %v", command, want, r)
+				}
+			}
+			if gaveUp {
+				log.wait(t, "gave up")
+				says("list", "use        stale: ")
+			} else {
+				log.wait(t, "has failed; trying again for 1m0s")
+				says("list", "use        left to its guard: ")
+				says("gc", "left to its guard, left alone")
+			}
+			f.Close()
+			if gaveUp {
+				says("gc", "stale, unlocked")
+			} else {
+				log.wait(t, "had failed: unlocked now")
+			}
+			r := execute(t, nil, "nsenter", "-t", strconv.Itoa(c.Process.Pid), "-m", program, "status", "--pid", s.pid)
+			r.want(t, 0, "not locked")
 		})
 	}
 }
@@ -398,6 +492,19 @@ func TestGC(t *testing.T) {
 	const script = `set -e
 umount -a -t nsfs || true; mount -t tmpfs tmpfs /run; mkdir /run/netns
 echo guard = false >/run/netlock.toml; export CRIU_NETLOCK_CONFIG=/run/netlock.toml
+freeze() {
+	if [ -d /sys/fs/cgroup/freezer ]; then
+		mkdir "$CGROUP"; echo $1 >"$CGROUP/cgroup.procs"; echo FROZEN >"$CGROUP/freezer.state"
+		until grep -q FROZEN "$CGROUP/freezer.state"; do :; done
+	else
+		mkdir "$CGROUP"; echo $1 >"$CGROUP/cgroup.procs"; echo 1 >"$CGROUP/cgroup.freeze"
+		until grep -q 'frozen 1' "$CGROUP/cgroup.events"; do :; done
+	fi
+}
+thaw() {
+	if [ -d /sys/fs/cgroup/freezer ]; then echo THAWED >"$CGROUP/freezer.state"; else echo 0 >"$CGROUP/cgroup.freeze"; fi
+	kill -KILL $frozen; wait $frozen || true; rmdir "$CGROUP"
+}
 task() {
 	unshare -n sleep 600 & task=$!
 	until [ "$(readlink /proc/$task/ns/net)" != "$(readlink /proc/self/ns/net)" ]; do :; done
@@ -410,12 +517,35 @@ task stale; sh -c "$hook" criu "$0" $task true
 task stopped; sh -c "$hook" criu "$0" $task true; kill -STOP $task
 until grep -q '^State:.T' /proc/$task/status; do :; done
 task waiting; sh -c "$hook" criu "$0" $task true; kill -KILL $task; wait $task || true
+task paused; sh -c "$hook" criu "$0" $task true; frozen=$task; freeze $task
+restore=$(echo "$hook" | sed s/network-lock/setup-namespaces/)
+task failed; sh -c "$restore" criu "$0" $task true; kill -KILL $task; wait $task || true
+task half; sh -c "$restore" criu "$0" $task true
+task again; sh -c "$hook" criu "$0" $task true; kill -KILL $task; wait $task || true; nsenter --net=/run/netns/again sleep 600 & task=$!
+until [ "$(readlink /proc/$task/ns/net)" != "$(readlink /proc/self/ns/net)" ]; do :; done
+sh -c "$restore" criu "$0" $task true; kill -KILL $task; wait $task || true
+echo 'on-failed-restore = "keep"' >>/run/netlock.toml
+task kept; sh -c "$restore" criu "$0" $task true; kill -KILL $task; wait $task || true
 task hand; "$0" lock --netns hand >/dev/null
 echo -- list; "$0" list
 echo -- dry; "$0" gc --dry-run
 echo -- gc; "$0" gc
-echo -- left; for n in busy stale stopped waiting hand; do "$0" status --netns $n | head -1; done`
-	r := execute(t, nil, "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", script, program).want(t, 0)
+echo -- left; for n in busy stale stopped waiting hand paused failed half again kept; do "$0" status --netns $n | head -1; done
+thaw`
+	cgroup := fmt.Sprintf("/sys/fs/cgroup/criu-netlock-test-%d", os.Getpid())
+	if _, err := os.Stat("/sys/fs/cgroup/freezer"); err == nil {
+		cgroup = "/sys/fs/cgroup/freezer/" + filepath.Base(cgroup)
+	}
+	t.Cleanup(func() { // of a test that failed, whose tasks are killed with their pid namespace
+		if _, err := os.Stat(cgroup); err != nil {
+			return
+		}
+		for file, text := range map[string]string{"freezer.state": "THAWED", "cgroup.freeze": "0"} {
+			_ = os.WriteFile(filepath.Join(cgroup, file), []byte(text), 0) // one of them is there
+		}
+		eventually(t, "without the cgroup", func() bool { return os.Remove(cgroup) == nil })
+	})
+	r := execute(t, []string{"CGROUP=" + cgroup}, "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", script, program).want(t, 0)
 	part := func(name string) string {
 		_, s, _ := strings.Cut(r.stdout, "-- "+name+"\n")
 		s, _, _ = strings.Cut(s, "-- ")
@@ -427,8 +557,10 @@ echo -- left; for n in busy stale stopped waiting hand; do "$0" status --netns $
 	}{
 		{"list", []string{"use        in use\n", "use        stale:", "use        stopped\n", "use        waiting for a restore\n", "use        by hand\n"}},
 		{"dry", []string{"/stale): stale, would be unlocked", "/waiting): waiting for a restore, left alone"}},
-		{"gc", []string{"/busy): in use, left alone", "/stale): stale, unlocked", "/stopped): stopped, left alone", "/waiting): waiting for a restore, left alone", "/hand): by hand, left alone"}},
-		{"left", []string{"(busy): locked", "(stale): not locked", "(stopped): locked", "(waiting): locked", "(hand): locked"}},
+		{"gc", []string{"/busy): in use, left alone", "/stale): stale, unlocked", "/stopped): stopped, left alone", "/waiting): waiting for a restore, left alone", "/hand): by hand, left alone",
+			"/paused): stopped, left alone", "/failed): stale, unlocked", "/half): stale, unlocked", "/again): waiting for a restore, left alone", "/kept): waiting for a restore, left alone"}},
+		{"left", []string{"(busy): locked", "(stale): not locked", "(stopped): locked", "(waiting): locked", "(hand): locked",
+			"(paused): locked", "(failed): not locked", "(half): not locked", "(again): locked", "(kept): locked"}},
 	} {
 		for _, want := range c.says {
 			if !strings.Contains(part(c.part), want) {

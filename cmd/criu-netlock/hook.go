@@ -78,6 +78,9 @@ func (h *hookCall) run() (code int, line string) {
 				l.Options.Terse = true
 				notHeld := h.hold(l, cfg, ev, by)
 				a := action.Handler{Locker: l, Open: h.open, Trial: func(ctx context.Context) (netlock.Result, error) { return netlock.Trial(ctx, l) }}
+				a.Found = func(was bool) {
+					l.Options.Caller.Fallback = guard.Policy(cfg.OnFailedRestore).Fallback(was)
+				}
 				if h.guard == 0 {
 					a.Turn = h.turn(cfg, unlocks)
 					a.Wanted = func() error {
@@ -97,6 +100,9 @@ func (h *hookCall) run() (code int, line string) {
 				return out, err
 			})
 			rep, unshed = out.rep, out.unshed
+			if unlocks && h.guard == 0 && err != nil && netlock.KindOf(err) != netlock.KindTampered {
+				oweUnlock(ev, rep)
+			}
 			if err == nil && h.guard == 0 && cfg.Guard {
 				unguarded = startGuard(ev, rep, by, h.holder)
 			}

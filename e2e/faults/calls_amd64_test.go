@@ -81,9 +81,8 @@ func calls() map[int]call {
 		unix.SYS_UNSHARE:           {"unshare", []unix.Errno{EAGAIN, ENOMEM, EPERM}},
 		unix.SYS_IO_URING_SETUP:    {"io_uring_setup", []unix.Errno{EAGAIN, ENOMEM, EPERM, EMFILE}},
 		unix.SYS_IO_URING_REGISTER: {"io_uring_register", []unix.Errno{EINTR, EAGAIN, ENOMEM, EPERM, EBUSY, EMFILE}},
-		unix.SYS_CAPSET:            {"capset", nil}, // to give up is allowed to everybody
+		unix.SYS_CAPSET:            {"capset", []unix.Errno{ENOMEM, EPERM}}, // a seccomp filter
 		unix.SYS_CAPGET:            {"capget", []unix.Errno{EPERM}},
-		unix.SYS_CAPSET:            {"capset", []unix.Errno{ENOMEM, EPERM}},
 		unix.SYS_EPOLL_CREATE1:     {"epoll_create1", []unix.Errno{ENOMEM, EMFILE}},
 		unix.SYS_EPOLL_CTL:         {"epoll_ctl", []unix.Errno{ENOMEM, EPERM}},
 		unix.SYS_EVENTFD2:          {"eventfd2", []unix.Errno{ENOMEM, EMFILE}},

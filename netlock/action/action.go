@@ -180,6 +180,9 @@ type Handler struct {
 	// Wanted, if set, returns why a lock would be nobody's any more, before and after it is
 	// taken: who would end it is gone.
 	Wanted func() error
+	// Found, if set, is told at setup-namespaces whether the namespace was locked before this
+	// restore, before it is locked.
+	Found func(wasLocked bool)
 	// Entered, if set, is called in the namespace before its lock is looked at or changed, by
 	// a caller who enters no other.
 	Entered func()
@@ -196,7 +199,7 @@ type Report struct {
 	Loud bool
 	// WasLocked tells, at setup-namespaces, whether the namespace was locked before this
 	// restore: a lock of the same CRIU is of the same hook, which runs twice where it is
-	// configured twice.
+	// configured twice, and that of a restore which has failed is still to be taken off.
 	WasLocked bool
 	// Mode is the lock's; empty where none was made or found. NotHeld is why it drops where
 	// it was to hold. Queue is what an unlock delivered, NotDelivered why it did not.
@@ -304,7 +307,10 @@ func (h *Handler) lock(ctx context.Context, ns *netlock.Namespace, ev Event, rep
 		}
 		was = st.Locked
 		if ev.Action == SetupNamespaces {
-			rep.WasLocked = st.Locked && !st.Caller.Is(ev.Caller)
+			rep.WasLocked = st.Locked && !st.Caller.Is(ev.Caller) && !st.Caller.Failed()
+			if h.Found != nil {
+				h.Found(rep.WasLocked)
+			}
 		} else {
 			// After the sockets are there a lock that had been taken away is worth a word.
 			rep.Loud = !st.Locked

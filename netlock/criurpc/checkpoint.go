@@ -43,7 +43,7 @@ type Checkpoint struct {
 	failed    error // the last unlock
 	tampered  error // what an unlock found
 	over      bool
-	guarded   func() // tells the guard that all is over; nil without one
+	guarded   func(guard.Word) // tells the guard that all is over; nil without one
 	warm      *netlock.Namespace
 	// work is done by one goroutine until the end: a new one for each notification takes some 60 µs
 	// of the freeze, most of them because its stack has to grow.
@@ -90,6 +90,7 @@ func (c *Checkpoint) byTable(ctx context.Context, ev action.Event) (action.Repor
 		c.handler = &action.Handler{
 			Locker: &l, Open: c.openHeld,
 			Trial: func(ctx context.Context) (netlock.Result, error) { return netlock.Trial(ctx, &l) },
+			Found: func(was bool) { l.Options.Caller.Fallback = c.o.OnFailedRestore.Fallback(was) },
 		}
 	}
 	if c.o.Mode == nil {
@@ -331,11 +332,14 @@ func (c *Checkpoint) End(err error) error {
 			return struct{}{}, nil
 		}
 		c.over = true
-		defer c.drop()
+		word := guard.Done
+		defer func() { c.drop(word) }()
 		switch {
 		case !c.open:
 		case c.toUnlock(ctx, err):
-			_, c.failed = c.o.Locker.Unlock(ctx, c.ns)
+			if _, c.failed = c.o.Locker.Unlock(ctx, c.ns); c.failed != nil && netlock.KindOf(c.failed) != netlock.KindTampered {
+				word = guard.Unpaid
+			}
 		default:
 			c.failed = c.giveUp(ctx)
 		}
@@ -380,9 +384,9 @@ func (c *Checkpoint) warmUp(ctx context.Context) {
 	c.warm = ns
 }
 
-func (c *Checkpoint) drop() {
+func (c *Checkpoint) drop(word guard.Word) {
 	if c.guarded != nil {
-		c.guarded()
+		c.guarded(word)
 	}
 	if c.warm != nil {
 		c.warm.Close()

@@ -19,6 +19,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -52,6 +53,17 @@ const (
 	// Unlock unlocks it.
 	Unlock Policy = "unlock"
 )
+
+// Fallback is what the policy says of a lock that a restore makes: nothing, if there was one.
+func (p Policy) Fallback(wasLocked bool) netlock.Fallback {
+	switch {
+	case wasLocked:
+		return ""
+	case p == Keep:
+		return netlock.FallbackKeep
+	}
+	return netlock.FallbackUnlock
+}
 
 // Locker is what a Guard needs of netlock.Locker.
 type Locker interface {
@@ -95,13 +107,19 @@ type Guard struct {
 	Ready func()
 	// Log writes to the system's log: there is no other place once CRIU is gone.
 	Log func(format string, args ...any)
-	// Over, if set, is closed when the client says that all is over.
-	Over <-chan struct{}
+	// Over, if set, has what the client says when all is over.
+	Over <-chan Word
+	// Quit, if set, has a word when somebody wants this process to end. While CRIU lives it
+	// does not: the container would stay locked.
+	Quit <-chan os.Signal
 	// Dir is for tests; empty means the Dir of the package.
 	Dir string
 
 	place *server
-	gone  time.Time // when CRIU, or its client, was gone
+	debt  debt
+	// client: the client has said that all is over, but for an unlock.
+	client atomic.Bool
+	gone   time.Time // when CRIU, or its client, was gone
 	// restored: post-restore has succeeded, after which CRIU lets the tasks go.
 	restored atomic.Bool
 }
@@ -134,6 +152,8 @@ type facts struct {
 	letGo bool
 	// working: CRIU is not known, and may be at work on the task.
 	working bool
+	// owed: CRIU has called for an unlock, which failed.
+	owed bool
 }
 
 // decide says what becomes of a lock whose CRIU is gone without unlocking.
@@ -143,6 +163,8 @@ func decide(f facts) verdict {
 		return over
 	case f.alive && f.working:
 		return wait
+	case f.alive && f.owed:
+		return release
 	case f.phase == Restore && f.alive && (f.abandoned || f.letGo):
 		return release
 	case f.phase == Restore:
@@ -169,6 +191,7 @@ func (g *Guard) Serve() error {
 		return err
 	}
 	g.place = s
+	g.debt = debt{at: Watches, wake: make(chan struct{}, 1)}
 	defer s.close()
 	done := make(chan struct{}, 1)
 	go s.serve(g.hook, func() {
@@ -187,12 +210,23 @@ func (g *Guard) Serve() error {
 		waitPidfd(fd, -1)
 		close(gone)
 	}()
-	select {
-	case <-done:
-		return nil
-	case <-g.Over:
-		return nil
-	case <-gone:
+	for watching := true; watching; {
+		select {
+		case <-done:
+			return nil
+		case w := <-g.Over:
+			if w != Unpaid {
+				return nil
+			}
+			g.client.Store(true)
+			g.debt.make()
+		case <-g.debt.wake:
+			if g.payOff(gone) {
+				return nil
+			}
+		case <-gone:
+			watching = false
+		}
 	}
 	g.gone = time.Now()
 	return g.settle(done)
@@ -223,6 +257,15 @@ func (g *Guard) dir() string {
 
 // hook does a hook's work in its turn.
 func (g *Guard) hook(r Request) Answer {
+	switch r.Action {
+	case askWatch:
+		return Answer{Line: strconv.Itoa(int(g.debt.get()))}
+	case askOwe:
+		if r.PID == strconv.Itoa(g.Task) {
+			g.debt.make()
+		}
+		return Answer{}
+	}
 	if r.expired() {
 		return Answer{Code: notDone}
 	}
@@ -235,6 +278,10 @@ func (g *Guard) hook(r Request) Answer {
 		return Answer{Code: notDone} // its orphan: what it locks nobody would unlock
 	}
 	a := g.Hook(r)
+	if r.PID != strconv.Itoa(g.Task) {
+		return a // not this checkpoint's
+	}
+	g.after(r, a.Code)
 	if r.Action == "post-restore" && a.Code == 0 {
 		g.restored.Store(true)
 	}
@@ -271,7 +318,13 @@ func (g *Guard) settle(done <-chan struct{}) error {
 		select {
 		case <-done:
 			return nil
-		case <-g.Over:
+		case w := <-g.Over:
+			if w != Unpaid {
+				return nil
+			}
+			g.debt.make()
+		case <-g.Quit:
+			g.Log("the guard is told to end, and %s stays locked: see criu-netlock list", g.NS)
 			return nil
 		case <-time.After(poll):
 		}
@@ -297,7 +350,7 @@ func (g *Guard) once() (verdict, error) {
 	if err != nil {
 		return wait, err
 	}
-	f := facts{phase: g.Phase, found: st.Found, wasFrozen: g.WasFrozen, wasLocked: g.WasLocked, policy: g.Policy}
+	f := facts{phase: g.Phase, found: st.Found, wasFrozen: g.WasFrozen, wasLocked: g.WasLocked, policy: g.Policy, owed: g.debt.get() != Watches}
 	if f.policy == "" {
 		f.policy = g.Default
 	}
@@ -319,13 +372,25 @@ func (g *Guard) once() (verdict, error) {
 		}
 		g.Log("%s is gone and %s is still locked: kept for a restore", g.who(), g.NS)
 	case release:
-		_, err := g.Locker.Unlock(ctx, g.NS)
-		if err != nil && netlock.KindOf(err) != netlock.KindTampered {
+		if err := g.unlock(ctx, "%s was gone without unlocking %s: unlocked", g.who(), g.NS); err != nil {
 			return wait, err
 		}
-		g.Log("%s was gone without unlocking %s: unlocked", g.who(), g.NS)
 	}
 	return v, nil
+}
+
+// unlock unlocks and says what it has done.
+func (g *Guard) unlock(ctx context.Context, format string, args ...any) error {
+	_, err := g.Locker.Unlock(ctx, g.NS)
+	if err != nil && netlock.KindOf(err) != netlock.KindTampered {
+		return err
+	}
+	said := ""
+	if err != nil {
+		said = "; " + err.Error()
+	}
+	g.Log(format+"%s", append(args, said)...)
+	return nil
 }
 
 // Bounds of what a guard waits for.

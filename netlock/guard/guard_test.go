@@ -4,9 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -185,6 +188,25 @@ func (l *lab) start(t *testing.T) {
 	}
 }
 
+// ask is what a hook of a task does, and returns the answer.
+func (l *lab) ask(t *testing.T, action string, task int) string {
+	t.Helper()
+	c, err := net.DialUnix("unixpacket", nil, &net.UnixAddr{Name: filepath.Join(l.Guard.Dir, nameOf(l.NS.Inode(), l.id())), Net: "unixpacket"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if _, err := c.Write(Request{Action: action, PID: strconv.Itoa(task), Sent: monotonic()}.encode()); err != nil {
+		t.Fatal(err)
+	}
+	b := make([]byte, maxMessage)
+	n, err := c.Read(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b[:n])
+}
+
 func (l *lab) ends(t *testing.T) {
 	t.Helper()
 	select {
@@ -303,10 +325,10 @@ func TestUnlocksWhenTheClientIsKilled(t *testing.T) {
 func TestClientSaysOver(t *testing.T) {
 	l := newLab(t, Dump, tempDir(t), namespace(t))
 	l.forClient(t)
-	said := make(chan struct{})
+	said := make(chan Word, 1)
 	l.Over = said
 	l.start(t)
-	close(said)
+	said <- Done
 	l.ends(t)
 	if l.lock.unlocks.Load() != 0 {
 		t.Error("unlocked what the client has kept")
@@ -361,6 +383,116 @@ func TestTriesAgain(t *testing.T) {
 	}
 }
 
+// An unlock that a hook could not do, with CRIU alive.
+func TestPaysWhatAHookOwes(t *testing.T) {
+	for _, phase := range []Phase{Dump, Restore} {
+		t.Run(string(phase), func(t *testing.T) {
+			l := newLab(t, phase, tempDir(t), namespace(t))
+			l.lock.fail.Store(2)
+			l.Hook = func(r Request) Answer { return Answer{Code: 8, Line: "no\n"} }
+			l.start(t)
+			// The guard did the hook's work, or the hook itself.
+			if by, want := "network-unlock", "008 no\n"; phase == Restore {
+				if a := l.ask(t, by, l.task); a != want {
+					t.Fatal(a)
+				}
+			} else if a := l.ask(t, askOwe, l.task); a != "000 " {
+				t.Fatal(a)
+			}
+			if phase == Restore { // post-resume is to come, or CRIU's end
+				eventually(t, "unlocked", func() bool { return !l.lock.found.Load() })
+				kill(t, l.criu)
+			}
+			l.ends(t)
+			if l.lock.found.Load() || l.lock.unlocks.Load() != 3 || !strings.Contains(l.log.String(), "had failed: unlocked now") {
+				t.Errorf("not unlocked, or in silence, after %d times: %q", l.lock.unlocks.Load(), l.log)
+			}
+		})
+	}
+}
+
+// What it could not unlock for CRIU it unlocks when CRIU has gone, although the restore had
+// found it locked.
+func TestOwesAfterCRIU(t *testing.T) {
+	l := newLab(t, Restore, tempDir(t), namespace(t))
+	l.lock.fail.Store(1 << 20)
+	l.WasLocked = true
+	l.Deadline = 10 * time.Millisecond
+	l.Hook = func(r Request) Answer { return Answer{Code: 8, Line: "no\n"} }
+	l.start(t)
+	l.ask(t, "network-unlock", l.task)
+	eventually(t, "given up", func() bool { return l.debt.get() == GaveUp })
+	l.lock.fail.Store(0)
+	kill(t, l.criu)
+	l.ends(t)
+	if l.lock.found.Load() {
+		t.Errorf("still locked: %q", l.log)
+	}
+}
+
+// A hook that locks again, and one of another task, owe nothing; and it is no end of this
+// checkpoint what becomes of another task.
+func TestOwesNothing(t *testing.T) {
+	l := newLab(t, Dump, tempDir(t), namespace(t))
+	code := 8
+	l.Hook = func(r Request) Answer { return Answer{Code: code, Line: "said\n"} }
+	l.Deadline = time.Hour
+	l.start(t)
+	l.ask(t, "network-unlock", l.task+1)
+	l.ask(t, askOwe, l.task+1)
+	if l.debt.get() != Watches {
+		t.Error("owes what was another task's")
+	}
+	code = 0
+	l.ask(t, "network-unlock", l.task+1)
+	code = 8
+	l.ask(t, "network-unlock", l.task)
+	if l.debt.get() != Owes {
+		t.Fatal("owes nothing, or has gone")
+	}
+	code = 0
+	l.ask(t, "network-lock", l.task)
+	time.Sleep(2 * firstPoll) // it would have tried
+	if l.debt.get() != Watches || l.lock.unlocks.Load() != 0 {
+		t.Error("owes an unlock of what was locked anew, or has done it")
+	}
+	l.ask(t, "network-unlock", l.task)
+	l.ends(t)
+}
+
+// Told to end while CRIU lives a guard stays; and without CRIU it looks once.
+func TestToldToEnd(t *testing.T) {
+	quit := make(chan os.Signal, 1)
+	quit <- unix.SIGTERM
+	l := newLab(t, Dump, tempDir(t), namespace(t))
+	l.Quit = quit
+	l.start(t)
+	select {
+	case <-l.end:
+		t.Fatal("it ended before CRIU")
+	case <-time.After(100 * time.Millisecond):
+	}
+	kill(t, l.criu)
+	l.ends(t)
+	if l.lock.found.Load() {
+		t.Error("not unlocked")
+	}
+
+	l = newLab(t, Dump, tempDir(t), namespace(t))
+	if err := unix.Kill(l.task, unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "stopped", func() bool { return Stopped(l.task) })
+	l.Quit = quit
+	l.start(t)
+	kill(t, l.criu)
+	quit <- unix.SIGTERM
+	l.ends(t)
+	if !l.lock.found.Load() || !strings.Contains(l.log.String(), "told to end") {
+		t.Errorf("unlocked, or in silence: %q", l.log)
+	}
+}
+
 func TestGivesUpLoudly(t *testing.T) {
 	l := newLab(t, Dump, tempDir(t), namespace(t))
 	l.lock.fail.Store(1 << 30)
@@ -388,6 +520,49 @@ func TestTwoGuardsAgree(t *testing.T) {
 	two.ends(t)
 	if one.lock.found.Load() {
 		t.Error("the last one did not unlock")
+	}
+}
+
+// The places of dead guards are taken away, when their CRIU is dead too; nobody else's.
+func TestSweep(t *testing.T) {
+	l := newLab(t, Dump, tempDir(t), namespace(t))
+	l.start(t)
+	dir := l.Guard.Dir
+	dead, alive := sleeper(t, ""), sleeper(t, "")
+	kill(t, dead)
+	place := func(name string) {
+		t.Helper()
+		s, err := net.ListenUnix("unixpacket", &net.UnixAddr{Name: filepath.Join(dir, name), Net: "unixpacket"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.SetUnlinkOnClose(false)
+		s.Close()
+	}
+	of := func(netns uint64, criu int) string { return nameOf(netns, criu) }
+	strange := "7.1." + strconv.Itoa(dead) // of another pid namespace
+	names := []string{of(7, dead), of(8, alive), strange, "turn-9", "x.y.z"}
+	for _, n := range names[:3] {
+		place(n)
+	}
+	for _, n := range names[3:] {
+		if err := os.WriteFile(filepath.Join(dir, n), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	sweep(dir)
+	left, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, e := range left {
+		got = append(got, e.Name())
+	}
+	want := append([]string{nameOf(l.NS.Inode(), l.criu)}, names[1:]...)
+	slices.Sort(want)
+	if !slices.Equal(got, want) {
+		t.Errorf("left are %q, want %q", got, want)
 	}
 }
 
@@ -520,6 +695,54 @@ func FuzzRequest(f *testing.F) {
 	})
 }
 
+// Another user gets no answer and nothing done, should the directory let him in.
+func TestAnotherUser(t *testing.T) {
+	dir, err := os.MkdirTemp("", "guard")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	l := newLab(t, Dump, dir, namespace(t))
+	l.Hook = func(Request) Answer { t.Error("it was done"); return Answer{} }
+	l.start(t)
+	path := filepath.Join(dir, nameOf(l.NS.Inode(), l.criu))
+	for name, mode := range map[string]os.FileMode{dir: 0o755, path: 0o777} {
+		if err := os.Chmod(name, mode); err != nil {
+			t.Fatal(err)
+		}
+	}
+	said := make(chan error)
+	go func() {
+		runtime.LockOSThread() // and the thread is never given back
+		said <- func() error {
+			const nobody = 65534
+			if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, nobody, nobody, nobody); errno != 0 {
+				return errno
+			}
+			fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+			if err != nil {
+				return err
+			}
+			defer unix.Close(fd)
+			if err := unix.Connect(fd, &unix.SockaddrUnix{Name: path}); err != nil {
+				return err
+			}
+			err = unix.Sendto(fd, Request{Action: "network-unlock", PID: strconv.Itoa(l.task), Sent: monotonic()}.encode(), unix.MSG_NOSIGNAL, nil)
+			if err != nil && err != unix.EPIPE { // it may have hung up by now
+				return err
+			}
+			b := make([]byte, 100)
+			if n, err := unix.Read(fd, b); n > 0 || err != nil && err != unix.ECONNRESET {
+				return fmt.Errorf("answered with %q, %v", b[:max(n, 0)], err)
+			}
+			return nil
+		}()
+	}()
+	if err := <-said; err != nil {
+		t.Error(err)
+	}
+}
+
 // Whatever comes over the socket, the guard goes on and answers the next hook.
 func TestGarbage(t *testing.T) {
 	l := newLab(t, Dump, tempDir(t), namespace(t))
@@ -555,7 +778,7 @@ func TestGarbage(t *testing.T) {
 	if got, err := send(Request{Action: "network-lock", Sent: monotonic()}.encode()); err != nil || got != "000 did network-lock\n" {
 		t.Errorf("%q, %v", got, err)
 	}
-	if got, err := send(Request{Action: "network-unlock", Sent: monotonic()}.encode()); err != nil || got != "000 did network-unlock\n" {
+	if got, err := send(Request{Action: "network-unlock", PID: strconv.Itoa(l.task), Sent: monotonic()}.encode()); err != nil || got != "000 did network-unlock\n" {
 		t.Errorf("%q, %v", got, err)
 	}
 	l.ends(t) // after the unlock of a dump nothing is left to guard

@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/criu-netlock/criu-netlock/netlock/internal/proc"
 )
 
 // Dir is where the sockets are. Package early has it too, and a test holds them together.
@@ -166,6 +168,33 @@ func others(dir string, netns uint64, criu int) bool {
 	return false
 }
 
+// Sweep takes away the places of guards that were killed, and whose CRIU is dead too.
+func Sweep() { sweep(Dir) }
+
+func sweep(dir string) {
+	if trusted(dir) != nil {
+		return
+	}
+	t, err := takeTurn(dir, 0, time.Now().Add(turnTime)) // nobody is between bind and listen
+	if err != nil {
+		return
+	}
+	defer t.done()
+	names, _ := filepath.Glob(filepath.Join(dir, "*.*.*"))
+	for _, path := range names {
+		f := strings.Split(filepath.Base(path), ".")
+		netns, err := strconv.ParseUint(f[0], 10, 64)
+		criu, err2 := strconv.Atoi(f[2])
+		if err != nil || err2 != nil || filepath.Base(path) != nameOf(netns, criu) || alive(path) {
+			continue
+		}
+		if st, err := proc.StatOf(criu); err == nil && st.State != 'Z' {
+			continue
+		}
+		_ = os.Remove(path) // it is in nobody's way
+	}
+}
+
 // close unlinks the socket. Dir stays: another guard may be about to bind there.
 func (s *server) close() { s.l.Close() }
 
@@ -228,17 +257,4 @@ func ours(c *net.UnixConn) bool {
 		ok = err == nil && int(cred.Uid) == os.Geteuid()
 	})
 	return err == nil && ok
-}
-
-// Alive lists the namespaces, by inode, that a live guard watches.
-func Alive() map[uint64]bool {
-	out := make(map[uint64]bool)
-	names, _ := filepath.Glob(filepath.Join(Dir, "*.*.*"))
-	for _, path := range names {
-		word, _, _ := strings.Cut(filepath.Base(path), ".")
-		if ino, err := strconv.ParseUint(word, 10, 64); err == nil && alive(path) {
-			out[ino] = true
-		}
-	}
-	return out
 }

@@ -39,13 +39,24 @@ const (
 // FirstFree is the first descriptor that is none of the Checkpoint's.
 const FirstFree = fdEnd
 
+// Word is what a client says to its guard when its checkpoint is over.
+type Word byte
+
+// What there is to say.
+const (
+	// Done: nothing is left to do.
+	Done Word = 1 + iota
+	// Unpaid: an unlock has failed, and the guard is to try again.
+	Unpaid
+)
+
 // Start runs exe as a guard: in a session of its own, with none of our descriptors but
 // the Checkpoint's, so that neither CRIU's log nor a terminal waits for it. It returns
 // when the guard is in its place, or after the wait with an error; with a wait of 0 at
 // once. The guard is not to be waited for: it lives on when the hook has ended. A client
-// calls over when its checkpoint is; it is never nil.
-func Start(exe string, c Checkpoint, env []string, waitReady time.Duration) (over func(), err error) {
-	over = func() {}
+// calls over when its checkpoint is; it is never nil, and the first call counts.
+func Start(exe string, c Checkpoint, env []string, waitReady time.Duration) (over func(Word), err error) {
+	over = func(Word) {}
 	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
 	if err != nil {
 		return over, err
@@ -75,10 +86,13 @@ func Start(exe string, c Checkpoint, env []string, waitReady time.Duration) (ove
 	if c.Client == 0 {
 		defer unix.Close(pair[0])
 	} else {
-		over = sync.OnceFunc(func() {
-			_ = unix.Sendto(pair[0], []byte{1}, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT, nil) // it may have gone
-			unix.Close(pair[0])
-		})
+		var once sync.Once
+		over = func(w Word) {
+			once.Do(func() {
+				_ = unix.Sendto(pair[0], []byte{byte(w)}, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT, nil) // it may have gone
+				unix.Close(pair[0])
+			})
+		}
 		go func() {
 			for {
 				if _, err := unix.Wait4(pid, nil, 0, nil); err != unix.EINTR {
@@ -165,7 +179,7 @@ func flag(b bool) string {
 
 // Inherited is the Checkpoint that Start gave this process, what tells it that the guard
 // is ready, and what a client closes.
-func Inherited(args []string) (c Checkpoint, ready func(), over <-chan struct{}, err error) {
+func Inherited(args []string) (c Checkpoint, ready func(), over <-chan Word, err error) {
 	bad := fmt.Errorf("criu-netlock %s %s: hooks start this, nobody else", Arg, strings.Join(args, " "))
 	if len(args) != 8 {
 		return c, nil, nil, bad
@@ -212,7 +226,7 @@ func Inherited(args []string) (c Checkpoint, ready func(), over <-chan struct{},
 	} else {
 		c.Queue = nfnl.InheritQueue(fdQueue, uint16(queue))
 	}
-	said := make(chan struct{})
+	said := make(chan Word, 1)
 	return c, func() {
 		_ = unix.Sendto(fdReady, []byte{1}, unix.MSG_NOSIGNAL, nil) // the hook may have gone
 		if c.Client == 0 {
@@ -225,7 +239,7 @@ func Inherited(args []string) (c Checkpoint, ready func(), over <-chan struct{},
 				n, err := unix.Read(fdReady, b[:])
 				switch {
 				case n == 1:
-					close(said)
+					said <- Word(b[0])
 					return
 				case err != unix.EINTR: // it has gone, which its pidfd tells too
 					return

@@ -1,0 +1,181 @@
+package guard
+
+// An unlock that CRIU, or its client, has called for and that has failed. Nobody calls for
+// it again: CRIU ignores what becomes of network-unlock, and can live as long as what
+// it has restored.
+
+import (
+	"context"
+	"errors"
+	"net"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/criu-netlock/criu-netlock/netlock"
+)
+
+// Watch says what a live guard is at, to who asks for it.
+type Watch int
+
+// What a guard is at. Of several in one namespace the least counts.
+const (
+	// Watches: it waits for CRIU.
+	Watches Watch = 1 + iota
+	// Owes: an unlock has failed, and is tried again.
+	Owes
+	// GaveUp: it was, until the deadline.
+	GaveUp
+)
+
+// debt is the unlock that a guard owes.
+type debt struct {
+	mu   sync.Mutex
+	at   Watch
+	wake chan struct{} // a debt was made
+}
+
+func (d *debt) make() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.at == Owes {
+		return // the guard and the hook may both say so
+	}
+	d.at = Owes
+	select {
+	case d.wake <- struct{}{}:
+	default:
+	}
+}
+
+func (d *debt) set(w Watch) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.at = w
+}
+
+func (d *debt) get() Watch {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.at
+}
+
+// after looks at what became of a hook's work.
+func (g *Guard) after(r Request, code int) {
+	switch {
+	case r.Action != "network-unlock" && r.Action != "post-resume":
+		if code == 0 {
+			g.debt.set(Watches) // a lock is wanted again
+		}
+	case code == 0, code == netlock.ExitCode(&netlock.Error{Kind: netlock.KindTampered}):
+		g.debt.set(Watches)
+	default:
+		g.debt.make()
+	}
+}
+
+// errNotOwed: a later hook has done it, or has locked anew.
+var errNotOwed = errors.New("not owed any more")
+
+// pay tries an unlock that is owed, in its turn.
+func (g *Guard) pay() error {
+	t, err := takeTurn(g.dir(), g.NS.Inode(), time.Now().Add(turnTime))
+	if err != nil {
+		return err
+	}
+	defer t.done()
+	if g.debt.get() == Watches {
+		return errNotOwed
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), unlockTime)
+	defer cancel()
+	if err := g.unlock(ctx, "an unlock of %s had failed: unlocked now", g.NS); err != nil {
+		return err
+	}
+	g.debt.set(Watches)
+	return nil
+}
+
+// payOff tries again and again, and tells whether the guard has nothing to do any more.
+func (g *Guard) payOff(over <-chan struct{}) bool {
+	g.Log("an unlock of %s has failed; trying again for %v", g.NS, g.Deadline)
+	since, poll := time.Now(), firstPoll
+	for {
+		select {
+		case <-over:
+			return false
+		case <-time.After(poll):
+		}
+		err := g.pay()
+		switch {
+		case err == nil:
+			return g.Phase == Dump || g.client.Load()
+		case errors.Is(err, errNotOwed):
+			return false
+		case time.Since(since) > g.Deadline:
+			g.debt.set(GaveUp)
+			g.Log("%v; gave up after %v: run criu-netlock unlock", err, g.Deadline)
+			return false
+		}
+		poll = min(2*poll, lastPoll)
+	}
+}
+
+// Actions that are none of CRIU's: a request that asks for a Watch, and one that leaves an unlock
+// to the guard.
+const (
+	askWatch = "guard-watch"
+	askOwe   = "guard-owe"
+)
+
+// Alive asks the live guards what they are at, by the inode of their namespace. One that is too
+// slow to answer watches.
+func Alive() map[uint64]Watch {
+	out := make(map[uint64]Watch)
+	names, _ := filepath.Glob(filepath.Join(Dir, "*.*.*"))
+	for _, path := range names {
+		word, _, _ := strings.Cut(filepath.Base(path), ".")
+		ino, err := strconv.ParseUint(word, 10, 64)
+		if err != nil || !alive(path) {
+			continue
+		}
+		w := watchOf(path)
+		if had, ok := out[ino]; !ok || w < had {
+			out[ino] = w
+		}
+	}
+	return out
+}
+
+func watchOf(path string) Watch {
+	answer, err := ask(path, Request{Action: askWatch})
+	if w, e := strconv.Atoi(strings.TrimPrefix(answer, "000 ")); err == nil && e == nil && Watch(w) > Watches && Watch(w) <= GaveUp {
+		return Watch(w)
+	}
+	return Watches
+}
+
+// Owe leaves an unlock that a hook could not do to the guard of its checkpoint, if there is one.
+func Owe(netns uint64, criu, task int) {
+	_, _ = ask(filepath.Join(Dir, nameOf(netns, criu)), Request{Action: askOwe, PID: strconv.Itoa(task)}) // gc does it otherwise
+}
+
+func ask(path string, r Request) (answer string, err error) {
+	c, err := net.DialUnix("unixpacket", nil, &net.UnixAddr{Name: path, Net: "unixpacket"})
+	if err != nil {
+		return "", err
+	}
+	defer c.Close()
+	if err := c.SetDeadline(time.Now().Add(fresh)); err != nil {
+		return "", err
+	}
+	r.Sent = monotonic()
+	if _, err := c.Write(r.encode()); err != nil {
+		return "", err
+	}
+	b := make([]byte, maxMessage)
+	n, err := c.Read(b)
+	return string(b[:max(n, 0)]), err
+}
