@@ -42,12 +42,25 @@ const (
 // asCRIU is the command line behind the verb or the name criu, if we were called so.
 func asCRIU(args []string) ([]string, bool) {
 	switch {
-	case len(args) > 0 && filepath.Base(args[0]) == criuName:
+	case len(args) > 0 && early.IsCRIU(args[0], ""):
 		return args[1:], true
-	case len(args) > 1 && args[1] == criuName:
+	case len(args) > 1 && early.IsCRIU("", args[1]):
 		return args[2:], true
 	}
 	return nil, false
+}
+
+// Exec hands on what is the calling thread's: its mask of signals, and the signal for the
+// parent's end, which is the main thread's alone. So that is the one to call it, and whoever
+// waits for main to lock it is too late.
+var _ = onMainThread()
+
+func onMainThread() bool {
+	_, is := asCRIU(os.Args)
+	if is {
+		runtime.LockOSThread()
+	}
+	return is
 }
 
 // runCRIU becomes the real criu. It returns only where it cannot.
@@ -61,6 +74,7 @@ func runCRIU(args []string) int {
 		}
 	}
 	if err == nil {
+		early.AsStarted()
 		err = os.NewSyscallError("exec "+path, syscall.Exec(path, append([]string{criuName}, args...), os.Environ()))
 	}
 	early.Say("criu-netlock criu: " + wire.OneLine(err.Error()) + "\n")

@@ -3,8 +3,13 @@ package main
 import (
 	"os"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
+
+	"github.com/criu-netlock/criu-netlock/cmd/criu-netlock/early/link"
+	"github.com/criu-netlock/criu-netlock/netlock/netlocktest"
 )
 
 // The real criu is the next one in PATH behind this program, and never this program.
@@ -60,6 +65,63 @@ func TestRealCRIU(t *testing.T) {
 	} {
 		if got, is := asCRIU(c.args); strings.Join(got, " ") != c.want || is != c.is {
 			t.Errorf("%q: %q, %v", c.args, got, is)
+		}
+	}
+}
+
+// criuScript makes a criu of a shell script, and a PATH that has it.
+func criuScript(t *testing.T, script string) (path, env string) {
+	t.Helper()
+	dir := t.TempDir()
+	path = filepath.Join(dir, "criu")
+	writeScript(t, path, script)
+	return path, "PATH=" + dir + ":/usr/sbin:/usr/bin:/sbin:/bin"
+}
+
+// asLink is the program by the name of criu, outside PATH.
+func asLink(t *testing.T) string {
+	t.Helper()
+	p := filepath.Join(t.TempDir(), "criu")
+	if err := os.Symlink(program, p); err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+// What the real criu has from its parent it has as if we were not there: signals ignored and
+// blocked, the signal for the parent's end, closed descriptors.
+func TestCRIUAsStarted(t *testing.T) {
+	if link.Flag == "" {
+		t.Skip("Go's runtime comes first")
+	}
+	netlocktest.Need(t, "sh", "env", "grep", "setpriv", "ls")
+	criu, env := criuScript(t, `exec "$@"`) // what it starts would have the shell's
+	us := [][]string{{asLink(t)}, {program, "criu"}}
+	var all []string
+	for sig := 1; sig <= 64; sig++ {
+		if sig != 9 && sig != 19 && sig != 32 && sig != 33 { // the kernel's, and the C library's
+			all = append(all, strconv.Itoa(sig))
+		}
+	}
+	signals, fds := []string{"grep", "-E", "^(Sig[^Q]|Shd)", "/proc/self/status"}, []string{"ls", "/proc/self/fd"}
+	for _, c := range []struct{ parent, look []string }{
+		{[]string{"env"}, signals},
+		{[]string{"env", "--ignore-signal=PIPE"}, signals}, // as systemd does
+		{[]string{"env", "--ignore-signal=HUP,INT,TERM,CHLD,URG,PROF,SEGV,USR1", "--block-signal=TERM,CHLD,PROF,BUS,USR2,RTMIN,RTMAX"}, signals},
+		{[]string{"env", "--ignore-signal=" + strings.Join(all, ",")}, signals},
+		{[]string{"env", "--block-signal=" + strings.Join(all, ",")}, signals},
+		{[]string{"setpriv", "--pdeathsig", "TERM"}, []string{"setpriv", "--dump"}},
+		{[]string{"sh", "-c", `exec "$@" <&- 2>&-`, "sh"}, fds},
+		{[]string{"sh", "-c", `exec "$@" 9</dev/null`, "sh"}, fds},
+	} {
+		by := func(criu ...string) result {
+			return execute(t, []string{env}, slices.Concat(c.parent, criu, c.look)...).want(t, 0)
+		}
+		want := by(criu)
+		for _, us := range us {
+			if got := by(us...); got.stdout != want.stdout || want.stdout == "" {
+				t.Errorf("%q, by %q:\n%v\nwithout us:\n%v", c, us, got, want)
+			}
 		}
 	}
 }

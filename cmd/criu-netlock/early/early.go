@@ -68,6 +68,17 @@ func hook(env func(string) string) bool {
 	return true
 }
 
+// IsCRIU tells whether the program was called in CRIU's place: by that name, or with that verb.
+func IsCRIU(name, verb string) bool {
+	for i := len(name) - 1; i >= 0; i-- {
+		if name[i] == '/' {
+			name = name[i+1:]
+			break
+		}
+	}
+	return name == "criu" || verb == "criu"
+}
+
 // Busy tells whether a hook has something to do: action.OpOf says what, and a test
 // holds the two together.
 func Busy(name string) bool {

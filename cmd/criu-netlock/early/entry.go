@@ -22,23 +22,38 @@ func begin() {
 	entered = true
 	if *(*uintptr)(stack) == 1 && hook(environ) {
 		shed()
+		return
+	}
+	name, _ := onStack(1)
+	verb, _ := onStack(2) // or the nil that ends the arguments
+	if IsCRIU(name, verb) {
+		keep()
 	}
 }
 
-// environ is a variable of the environment on the stack. The first one counts, as in package
-// syscall.
+// onStack is the string to which a word of the stack points, unless that is nil.
+func onStack(word uintptr) (string, bool) {
+	v := *(*unsafe.Pointer)(unsafe.Add(stack, word*unsafe.Sizeof(uintptr(0))))
+	if v == nil {
+		return "", false
+	}
+	n := uintptr(0)
+	for *(*byte)(unsafe.Add(v, n)) != 0 {
+		n++
+	}
+	return unsafe.String((*byte)(v), n), true
+}
+
+// environ is a variable of the environment on the stack, behind one argument. The first one
+// counts, as in package syscall.
 func environ(name string) string {
-	const word, argcArgvNil = unsafe.Sizeof(uintptr(0)), 3
-	for p := unsafe.Add(stack, argcArgvNil*word); ; p = unsafe.Add(p, word) {
-		v := *(*unsafe.Pointer)(p)
-		if v == nil {
+	const argcArgvNil = 3
+	for word := uintptr(argcArgvNil); ; word++ {
+		s, more := onStack(word)
+		if !more {
 			return ""
 		}
-		n := uintptr(0)
-		for *(*byte)(unsafe.Add(v, n)) != 0 {
-			n++
-		}
-		if s := unsafe.String((*byte)(v), n); len(s) > len(name) && s[len(name)] == '=' && s[:len(name)] == name {
+		if len(s) > len(name) && s[len(name)] == '=' && s[:len(name)] == name {
 			return s[len(name)+1:]
 		}
 	}
