@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"sync"
 
@@ -173,10 +174,11 @@ func (r *relay) request(ctx context.Context, m fromPeer) error {
 		r.pending = ""
 		return r.pass(ctx, r.criu, m)
 	}
-	if req.Opts == nil {
+	opens := opensOf(req.GetType())
+	if req.Opts == nil || opens == never {
 		return r.pass(ctx, r.criu, m)
 	}
-	if err := r.translate(req.Opts); err != nil {
+	if err := r.translate(req.Opts, opens == always); err != nil {
 		return r.refuse(ctx, req.GetType(), err)
 	}
 	// A request that follows a dump without its response is CRIU's to refuse.
@@ -196,7 +198,7 @@ func (r *relay) request(ctx context.Context, m fromPeer) error {
 	if err != nil {
 		return err
 	}
-	return r.criu.send(ctx, b)
+	return r.pass(ctx, r.criu, fromPeer{b, m.files})
 }
 
 func (r *relay) pass(ctx context.Context, to *conn, m fromPeer) error {
@@ -207,32 +209,63 @@ func (r *relay) pass(ctx context.Context, to *conn, m fromPeer) error {
 	return to.send(ctx, m.msg, fds...)
 }
 
-// translate makes a request mean to CRIU what it would mean from the client itself.
-func (r *relay) translate(o *rpc.CriuOpts) error {
+// opens is whether CRIU opens the descriptors that a request names.
+type opens int
+
+const (
+	perhaps opens = iota // by its options and CRIU's version (CHECK); or nobody knows yet
+	never
+	always
+)
+
+func opensOf(typ rpc.CriuReqType) opens {
+	switch typ {
+	case rpc.CriuReqType_VERSION, rpc.CriuReqType_FEATURE_CHECK, rpc.CriuReqType_WAIT_PID:
+		return never
+	case rpc.CriuReqType_DUMP, rpc.CriuReqType_RESTORE, rpc.CriuReqType_PRE_DUMP, rpc.CriuReqType_SINGLE_PRE_DUMP,
+		rpc.CriuReqType_PAGE_SERVER, rpc.CriuReqType_PAGE_SERVER_CHLD, rpc.CriuReqType_CPUINFO_DUMP, rpc.CriuReqType_CPUINFO_CHECK:
+		return always
+	}
+	return perhaps
+}
+
+// noFD is a descriptor that nobody has: fs.nr_open cannot be that high.
+const noFD = math.MaxInt32
+
+// translate makes a request mean to CRIU what it would mean from the client itself. A
+// descriptor that cannot be had is an error where it is needed, and CRIU's to miss elsewhere.
+func (r *relay) translate(o *rpc.CriuOpts, needed bool) error {
 	r.closeImported()
 	if o.Pid == nil {
 		o.Pid = ptr(int32(r.ClientPID))
 	}
-	pidfd := -1
 	for name, fd := range map[string]*int32{"images_dir_fd": o.ImagesDirFd, "work_dir_fd": o.WorkDirFd, "status_fd": o.StatusFd, "pidfd_store_sk": o.PidfdStoreSk} {
 		if fd == nil || *fd < 0 {
 			continue
 		}
-		if pidfd < 0 {
-			var err error
-			if pidfd, err = unix.PidfdOpen(r.ClientPID, 0); err != nil {
-				return fmt.Errorf("fetch the client's descriptors: pidfd_open: %w", err)
-			}
-			defer unix.Close(pidfd)
-		}
-		got, err := unix.PidfdGetfd(pidfd, int(*fd), 0)
-		if err != nil {
+		got, err := fetch(r.ClientPID, int(*fd))
+		switch {
+		case err == nil:
+			r.imported = append(r.imported, got)
+		case needed:
 			return fmt.Errorf("fetch the client's %s, descriptor %d of pid %d: %w", name, *fd, r.ClientPID, err)
+		default:
+			got = noFD
 		}
-		r.imported = append(r.imported, got)
 		*fd = int32(got)
 	}
 	return nil
+}
+
+// fetch duplicates another process's descriptor.
+func fetch(pid, fd int) (int, error) {
+	pidfd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return -1, os.NewSyscallError("pidfd_open", err)
+	}
+	defer unix.Close(pidfd)
+	got, err := unix.PidfdGetfd(pidfd, fd, 0)
+	return got, os.NewSyscallError("pidfd_getfd", err)
 }
 
 func (r *relay) closeImported() {

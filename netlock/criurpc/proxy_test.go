@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -241,6 +242,108 @@ func TestProxyPasses(t *testing.T) {
 	}
 }
 
+// Files that a client sends with a request come to CRIU, whatever the request, as they are, and
+// none is left with us.
+func TestProxyPassesFiles(t *testing.T) {
+	task := newSleeper(t)
+	ctx, cancel := context.WithTimeout(bg, 30*time.Second)
+	defer cancel()
+	x := newProxied(t, ctx, newFake())
+	var p [2]int
+	if err := unix.Pipe2(p[:], unix.O_CLOEXEC|unix.O_NONBLOCK); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(p[0])
+	defer unix.Close(p[1])
+	for _, c := range []struct {
+		name string
+		req  *rpc.CriuReq
+	}{
+		{"a version", &rpc.CriuReq{Type: ptr(rpc.CriuReqType_VERSION)}},
+		{"a pre-dump", &rpc.CriuReq{Type: ptr(rpc.CriuReqType_PRE_DUMP), Opts: &rpc.CriuOpts{ImagesDirFd: ptr(int32(-1)), Pid: ptr(int32(task.pid()))}}},
+		{"a dump", dumpRequest(task.pid(), true)},
+		{"an answer", &rpc.CriuReq{Type: ptr(rpc.CriuReqType_NOTIFY), NotifySuccess: ptr(true)}},
+	} {
+		b, err := c.req.MarshalVT()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := x.client.c.send(bg, b, p[1], p[1]); err != nil {
+			t.Fatal(err)
+		}
+		_, files, err := x.criu.c.receive(bg)
+		if err != nil || len(files) != 2 {
+			t.Errorf("%s came with %d files, %v", c.name, len(files), err)
+		}
+		for _, f := range files {
+			var want, have unix.Stat_t
+			flags, err := unix.FcntlInt(f.Fd(), unix.F_GETFL, 0)
+			if err != nil || flags&unix.O_NONBLOCK == 0 || unix.Fstat(p[1], &want) != nil || unix.Fstat(int(f.Fd()), &have) != nil || want.Ino != have.Ino {
+				t.Errorf("%s came with another file, flags %#x, %v", c.name, flags, err)
+			}
+		}
+		closeAll(files)
+	}
+	unix.Close(p[1])
+	p[1] = -1
+	// The reader sees the end: nobody has it any more.
+	fds := []unix.PollFd{{Fd: int32(p[0]), Events: unix.POLLIN}}
+	if n, err := unix.Poll(fds, 5000); n != 1 || fds[0].Revents&unix.POLLHUP == 0 {
+		t.Errorf("the files are still open: %v, %v", fds, err)
+	}
+	x.criu.c.close()
+	<-x.done
+}
+
+// A descriptor that the client has not is an error where CRIU opens it, and nowhere else; it is
+// never one of ours.
+func TestProxyWithoutDescriptor(t *testing.T) {
+	ctx, cancel := context.WithTimeout(bg, 30*time.Second)
+	defer cancel()
+	x := newProxied(t, ctx, newFake())
+	dir, err := os.Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dir.Close()
+	const none = 12345
+	for typ := range rpc.CriuReqType_name {
+		typ := rpc.CriuReqType(typ)
+		req := &rpc.CriuReq{Type: &typ, Opts: &rpc.CriuOpts{ImagesDirFd: ptr(int32(none)), WorkDirFd: ptr(int32(dir.Fd()))}}
+		before := openFDs(t)
+		x.ask(req)
+		switch typ {
+		case rpc.CriuReqType_EMPTY, rpc.CriuReqType_CHECK:
+			got := x.criu.request().GetOpts()
+			if fd := int(got.GetImagesDirFd()); fd >= 0 {
+				if _, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); err != unix.EBADF {
+					t.Errorf("%v: CRIU got images_dir_fd %d, %v", typ, fd, err)
+				}
+			}
+			if fd := got.GetWorkDirFd(); fd == int32(dir.Fd()) || fd == none {
+				t.Errorf("%v: CRIU got work_dir_fd %d", typ, fd)
+			}
+		case rpc.CriuReqType_VERSION, rpc.CriuReqType_FEATURE_CHECK, rpc.CriuReqType_WAIT_PID, rpc.CriuReqType_NOTIFY:
+			if got := x.criu.request().GetOpts(); got.GetImagesDirFd() != none || got.GetWorkDirFd() != int32(dir.Fd()) || got.Pid != nil {
+				t.Errorf("%v: CRIU got %v", typ, got)
+			}
+			if now := openFDs(t); now > before {
+				t.Errorf("%v: %d descriptors, %d before", typ, now, before)
+			}
+		default:
+			if resp, _ := x.hears(); resp.GetSuccess() || resp.GetType() != typ || !strings.Contains(resp.GetCrErrmsg(), "images_dir_fd") {
+				t.Errorf("%v: %v", typ, resp)
+			}
+		}
+	}
+	x.client.c.close()
+	if _, _, err := x.criu.c.receive(bg); err != io.EOF {
+		t.Errorf("%v", err)
+	}
+	x.criu.c.close()
+	<-x.done
+}
+
 // FuzzProxy is a client and a CRIU that say what they like, in both directions at once.
 func FuzzProxy(f *testing.F) {
 	task := newSleeper(f)
@@ -250,7 +353,9 @@ func FuzzProxy(f *testing.F) {
 		}
 		return out
 	}
-	dump, err := dumpRequest(task.pid(), true).MarshalVT()
+	req := dumpRequest(task.pid(), true)
+	*req.Opts.ImagesDirFd = 2 // no folder, but there
+	dump, err := req.MarshalVT()
 	if err != nil {
 		f.Fatal(err)
 	}
@@ -259,20 +364,23 @@ func FuzzProxy(f *testing.F) {
 		f.Fatal(err)
 	}
 	lock, unlock := marshal(f, notification("network-lock", 0)), marshal(f, notification("network-unlock", 0))
-	f.Add(pack(dump, yes, yes), pack(lock, unlock))
-	f.Add(pack(dump), pack(lock))
-	f.Add(pack(dump[:len(dump)-1], yes), pack(lock, lock[:3]))
-	f.Add([]byte{}, []byte{})
-	f.Fuzz(func(t *testing.T, client, criu []byte) {
+	f.Add(pack(dump, yes, yes), pack(lock, unlock), uint8(0))
+	f.Add(pack(dump), pack(lock), uint8(1))
+	f.Add(pack(dump[:len(dump)-1], yes), pack(lock, lock[:3]), uint8(100))
+	f.Add([]byte{}, []byte{}, uint8(maxFiles))
+	pair(f) // the runtime opens what it needs for the first one
+	f.Fuzz(func(t *testing.T, client, criu []byte, files uint8) {
 		b := newFake()
+		before := openFDs(t)
 		ctx, cancel := context.WithTimeout(bg, 20*time.Second)
 		defer cancel()
 		x := newProxied(t, ctx, b)
+		var sides sync.WaitGroup
 		for _, side := range []struct {
 			c      *conn
 			stream []byte
 		}{{x.client.c, client}, {x.criu.c, criu}} {
-			go func() { // reads until the proxy has gone
+			sides.Go(func() { // reads until the proxy has gone
 				for {
 					_, files, err := side.c.receive(ctx)
 					closeAll(files)
@@ -280,27 +388,40 @@ func FuzzProxy(f *testing.F) {
 						return
 					}
 				}
-			}()
-			go func() {
-				s := side.stream
-				for len(s) > 2 {
-					n := min(int(binary.BigEndian.Uint16(s)), len(s)-2)
-					if n > 0 && side.c.send(ctx, s[2:2+n]) != nil {
-						break
-					}
-					s = s[2+n:]
-				}
-				_ = side.c.u.CloseWrite()
-			}()
+			})
+			sides.Go(func() { sendAll(ctx, side.c, side.stream, int(files)) })
 		}
 		<-x.done
+		sides.Wait()
+		x.client.c.close()
+		x.criu.c.close()
 		if ctx.Err() != nil {
 			t.Fatal("it hangs")
 		}
 		if b.is(task.ino) && !succeeds(criu) { // a dump that kills, and has, leaves its lock
 			t.Error("locked")
 		}
+		if now := openFDs(t); now != before {
+			t.Errorf("%d descriptors, %d before", now, before)
+		}
 	})
+}
+
+// sendAll sends the messages in a stream, each with files, and then the end; what is sent to it
+// can still be read.
+func sendAll(ctx context.Context, c *conn, stream []byte, files int) {
+	fds := make([]int, min(max(files, 0), maxFiles))
+	for i := range fds {
+		fds[i] = 2 // stderr
+	}
+	for len(stream) > 2 {
+		n := min(int(binary.BigEndian.Uint16(stream)), len(stream)-2)
+		if n > 0 && c.send(ctx, stream[2:2+n], fds...) != nil {
+			break
+		}
+		stream = stream[2+n:]
+	}
+	_ = c.u.CloseWrite()
 }
 
 // succeeds tells whether a response among the messages says so.

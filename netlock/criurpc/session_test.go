@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -432,40 +433,26 @@ func FuzzSession(f *testing.F) {
 	f.Add(good, true, 3)
 	f.Add(good[:len(good)/2], true, 200)
 	f.Add([]byte("\x00\x03\x08\x06\x10"), false, 1)
+	pair(f) // the runtime opens what it needs for the first one
 	f.Fuzz(func(t *testing.T, stream []byte, restore bool, files int) {
 		b := newFake()
 		o := b.options()
+		before := openFDs(t)
 		ours, theirs := pair(t)
-		answers := make(chan int)
-		go func() { // reads what it is sent until we are gone
-			n := 0
+		var criu sync.WaitGroup
+		criu.Go(func() { // reads what it is sent until we are gone
 			for {
 				msg, _, err := theirs.receive(bg)
 				if err != nil {
-					answers <- n
 					return
 				}
 				req := new(rpc.CriuReq)
 				if req.UnmarshalVT(msg) != nil || req.Type == nil {
 					t.Errorf("sent %q", msg)
 				}
-				n++
 			}
-		}()
-		go func() {
-			fds := make([]int, min(max(files, 0), maxFiles))
-			for i := range fds {
-				fds[i] = 2 // stderr
-			}
-			for len(stream) > 2 {
-				n := min(int(binary.BigEndian.Uint16(stream)), len(stream)-2)
-				if n > 0 && theirs.send(bg, stream[2:2+n], fds...) != nil {
-					break
-				}
-				stream = stream[2+n:]
-			}
-			_ = theirs.u.CloseWrite() // the end, and the answers still arrive
-		}()
+		})
+		criu.Go(func() { sendAll(bg, theirs, stream, files) })
 		s := &Session{c: ours}
 		ctx, cancel := context.WithTimeout(bg, 20*time.Second)
 		defer cancel()
@@ -477,12 +464,16 @@ func FuzzSession(f *testing.F) {
 			_, err = s.Dump(ctx, opts, nil, o)
 		}
 		_ = s.Close()
-		<-answers
+		criu.Wait()
+		theirs.close()
 		if ctx.Err() != nil {
 			t.Error("it hangs")
 		}
 		if err != nil && b.is(task.ino) {
 			t.Errorf("locked after %v", err)
+		}
+		if now := openFDs(t); now != before {
+			t.Errorf("%d descriptors, %d before", now, before)
 		}
 	})
 }
