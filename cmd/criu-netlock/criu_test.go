@@ -113,6 +113,7 @@ func TestCRIUAsStarted(t *testing.T) {
 		{[]string{"setpriv", "--pdeathsig", "TERM"}, []string{"setpriv", "--dump"}},
 		{[]string{"sh", "-c", `exec "$@" <&- 2>&-`, "sh"}, fds},
 		{[]string{"sh", "-c", `exec "$@" 9</dev/null`, "sh"}, fds},
+		{[]string{"sh", "-c", `ulimit -S -n 100 && exec "$@"`, "sh"}, []string{"grep", "files", "/proc/self/limits"}},
 	} {
 		by := func(criu ...string) result {
 			return execute(t, []string{env}, slices.Concat(c.parent, criu, c.look)...).want(t, 0)
