@@ -68,10 +68,8 @@ func runCRIU(args []string) int {
 	// A configuration that is wrong is no reason to do without CRIU; locks are refused for it.
 	cfg, _ := loadConfig(config.Path(os.LookupEnv))
 	path, err := realCRIU(cfg.CRIU, os.Getenv("PATH"))
-	if err == nil && len(args) > 1 && args[0] == "swrk" {
-		if fd, e := strconv.Atoi(args[1]); e == nil && isSeqpacket(fd) {
-			err = between(fd)
-		}
+	if fd := swrkFD(args); err == nil && fd >= 0 {
+		err = between(fd)
 	}
 	if err == nil {
 		early.AsStarted()
@@ -117,6 +115,19 @@ func realCRIU(configured, path string) (string, error) {
 		return "", errors.New("there is no criu in PATH but criu-netlock itself; the key criu in " + config.DefaultPath + " can name it")
 	}
 	return found, nil
+}
+
+// swrkFD is the client's connection, if there is one. CRIU takes options before the verb, and
+// behind it.
+func swrkFD(args []string) int {
+	for i := 1; i < len(args); i++ {
+		if args[i-1] == "swrk" {
+			if fd, err := strconv.Atoi(args[i]); err == nil && isSeqpacket(fd) {
+				return fd
+			}
+		}
+	}
+	return -1
 }
 
 func isSeqpacket(fd int) bool {
@@ -200,11 +211,17 @@ func startProxy(arg string, args []string, fds ...uintptr) (pid int, err error) 
 const (
 	fdClient = 3 + iota
 	fdHandover
+	fdFree // the first that is none of them
 )
 
-// runProxyStart starts the process in between and leaves it alone.
+// runProxyStart starts the process in between and leaves it alone, with none of the descriptors
+// that CRIU is given: the client's connection may be one more of them.
 func runProxyStart(args []string) int {
-	if _, err := startProxy(proxyArg, args, fdClient, fdHandover); err != nil {
+	err := guard.CloseOnExecFrom(fdFree)
+	if err == nil {
+		_, err = startProxy(proxyArg, args, fdClient, fdHandover)
+	}
+	if err != nil {
 		early.Say("criu-netlock: " + wire.OneLine(err.Error()) + "\n")
 		return 1
 	}

@@ -1,12 +1,19 @@
 package main
 
 import (
+	"context"
+	"fmt"
+	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/criu-netlock/criu-netlock/cmd/criu-netlock/early/link"
 	"github.com/criu-netlock/criu-netlock/netlock/netlocktest"
@@ -124,5 +131,105 @@ func TestCRIUAsStarted(t *testing.T) {
 				t.Errorf("%q, by %q:\n%v\nwithout us:\n%v", c, us, got, want)
 			}
 		}
+	}
+}
+
+// swrk starts a criu swrk, with files from descriptor 3 on and the client's connection behind
+// them, and returns the client's side of that.
+func swrk(t *testing.T, env []string, files []*os.File, argv ...string) (cmd *exec.Cmd, client int) {
+	t.Helper()
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	limit := unix.NsecToTimeval(patience.Nanoseconds())
+	if err := unix.SetsockoptTimeval(pair[0], unix.SOL_SOCKET, unix.SO_RCVTIMEO, &limit); err != nil {
+		t.Fatal(err)
+	}
+	theirs := os.NewFile(uintptr(pair[1]), "criu")
+	defer theirs.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	cmd = command(ctx, env, append(argv, "swrk", strconv.Itoa(3+len(files)))...)
+	cmd.Stderr = os.Stderr
+	cmd.ExtraFiles = append(slices.Clone(files), theirs)
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		unix.Close(pair[0])
+		cancel()
+		_ = cmd.Wait() // the test has, if all was well
+	})
+	return cmd, pair[0]
+}
+
+// ends checks that nothing more comes.
+func ends(t *testing.T, what string, fd int) {
+	t.Helper()
+	if n, err := unix.Read(fd, make([]byte, 100)); n != 0 || err != nil {
+		t.Errorf("%s has not ended: %d bytes, %v", what, n, err)
+	}
+}
+
+// The exit status of criu swrk is CRIU's own, and so is the signal that ended it.
+func TestSwrkExit(t *testing.T) {
+	netlocktest.Need(t, "sh")
+	for script, want := range map[string]string{"exit 0": "exit status 0", "exit 3": "exit status 3", "kill -TERM $$": "signal: terminated"} {
+		_, env := criuScript(t, script)
+		for _, argv := range [][]string{{asLink(t)}, {program, "criu"}} {
+			cmd, client := swrk(t, []string{env}, nil, argv...)
+			_ = cmd.Wait() // its state tells
+			if got := cmd.ProcessState.String(); got != want {
+				t.Errorf("%s, by %q: %s", script, argv, got)
+			}
+			ends(t, "the client's connection", client)
+		}
+	}
+}
+
+// The process in between has the client's connection and no other descriptor of CRIU's, whatever
+// their numbers, and wherever the verb is: it closes it at a message that is none of CRIU's,
+// and the client sees that while CRIU goes on.
+func TestSwrkDescriptors(t *testing.T) {
+	netlocktest.Need(t, "sh", "sleep")
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	us := asLink(t)
+	for _, c := range []struct {
+		files     int
+		env, argv []string
+	}{
+		{0, nil, []string{us}}, {1, nil, []string{us}}, {2, nil, []string{us}}, {5, nil, []string{program, "criu"}}, {2, nil, []string{us, "-v4", "--tcp-established"}},
+		{5, []string{envRefuse + "=close_range-missing"}, []string{self, us}},
+	} {
+		t.Run(fmt.Sprint(c.files, len(c.env), len(c.argv)), func(t *testing.T) {
+			r, w, err := os.Pipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer r.Close()
+			var files []*os.File
+			script := ""
+			for fd := range c.files {
+				files = append(files, w)
+				script += fmt.Sprintf("exec %d>&-\n", 3+fd)
+			}
+			_, env := criuScript(t, fmt.Sprintf(`%sprintf '\377\377\377' >&%d; exec sleep 600`, script, 3+c.files))
+			cmd, client := swrk(t, append(c.env, env), files, c.argv...)
+			w.Close()
+			ends(t, "the client's connection", client)
+			if err := r.SetReadDeadline(time.Now().Add(patience)); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := r.Read(make([]byte, 1)); err != io.EOF {
+				t.Errorf("another descriptor of CRIU's: %v", err)
+			}
+			if err := cmd.Process.Kill(); err != nil {
+				t.Errorf("CRIU has not gone on: %v", err)
+			}
+			_ = cmd.Wait()
+		})
 	}
 }

@@ -43,6 +43,7 @@ func refusals() map[string]refusal {
 		"unshare-forbidden":     {unix.SYS_UNSHARE, nil, unix.EPERM},
 		"openat2-missing":       {unix.SYS_OPENAT2, nil, unix.ENOSYS},
 		"openat2-forbidden":     {unix.SYS_OPENAT2, nil, unix.EPERM},
+		"close_range-missing":   {unix.SYS_CLOSE_RANGE, nil, unix.ENOSYS},
 	}
 }
 

@@ -136,9 +136,7 @@ func run(exe, arg string, args, env []string, files []uintptr) (int, error) {
 
 // StartAgain is all that a process does that was started with StartArg.
 func StartAgain(args []string) error {
-	// A client's connection to CRIU may be among what we have inherited, and CRIU shall
-	// notice its end.
-	if err := unix.CloseRange(fdEnd, ^uint(0)>>1, unix.CLOSE_RANGE_CLOEXEC); err != nil {
+	if err := CloseOnExecFrom(fdEnd); err != nil {
 		return err
 	}
 	var files []uintptr
@@ -147,6 +145,25 @@ func StartAgain(args []string) error {
 	}
 	_, err := run("/proc/self/exe", Arg, args, os.Environ(), files)
 	return err
+}
+
+// CloseOnExecFrom has what this process starts get none of its descriptors from first on, but
+// those that it is given. A connection to CRIU may be among what we have inherited, of
+// which somebody shall notice the end.
+func CloseOnExecFrom(first int) error {
+	if unix.CloseRange(uint(first), math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC) == nil {
+		return nil
+	}
+	names, err := os.ReadDir("/proc/self/fd") // Linux before 5.11, or a filter that does not know it
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		if fd, err := strconv.Atoi(name.Name()); err == nil && fd >= first {
+			unix.CloseOnExec(fd)
+		}
+	}
+	return nil
 }
 
 func (c Checkpoint) args() []string {
