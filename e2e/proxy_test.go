@@ -299,7 +299,11 @@ func TestProxyPasses(t *testing.T) {
 	l := putShim(t)
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
-	for _, argv := range [][]string{{shimDir + "/criu", "--version"}, {oursPath, "criu", "--version"}} {
+	for _, argv := range [][]string{
+		{shimDir + "/criu", "--version"}, {oursPath, "criu", "--version"},
+		// The real one before ours, and no PATH at all.
+		{"env", "PATH=/usr/sbin:" + shimDir, shimDir + "/criu", "--version"}, {"env", "-i", shimDir + "/criu", "--version"}, {"env", "-i", oursPath, "criu", "--version"},
+	} {
 		out, err := l.Run(ctx, argv...)
 		if err != nil || !strings.HasPrefix(out, "Version: ") {
 			t.Errorf("%q: %v\n%s", argv, err, out)

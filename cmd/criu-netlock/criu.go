@@ -13,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -67,9 +68,14 @@ func onMainThread() bool {
 func runCRIU(args []string) int {
 	// A configuration that is wrong is no reason to do without CRIU; locks are refused for it.
 	cfg, _ := loadConfig(config.Path(os.LookupEnv))
-	path, err := realCRIU(cfg.CRIU, os.Getenv("PATH"))
+	tried := triedBefore()
+	path, again, err := realCRIU(cfg.CRIU, searchPath(), tried)
 	if fd := swrkFD(args); err == nil && fd >= 0 {
 		err = between(fd)
+	}
+	if err == nil && (again || len(tried) > 0) {
+		list := append([]string{strconv.Itoa(os.Getpid())}, append(tried, path)...)
+		err = os.Setenv(envTried, strings.Join(list, string(filepath.ListSeparator)))
 	}
 	if err == nil {
 		early.AsStarted()
@@ -79,24 +85,48 @@ func runCRIU(args []string) int {
 	return 1
 }
 
-// realCRIU is the configured one, or the first criu in PATH behind ourselves. It is never
-// this program: neither by this name nor, should a copy of it be there, by turns.
-func realCRIU(configured, path string) (string, error) {
+// envTried has this process's pid, which exec leaves, and what it has been in search of the real
+// criu. With another pid it is the search of who started us, which is over.
+const envTried = "CRIU_NETLOCK_TRIED"
+
+func triedBefore() []string {
+	list := filepath.SplitList(os.Getenv(envTried))
+	_ = os.Unsetenv(envTried) // never fails
+	if len(list) == 0 || list[0] != strconv.Itoa(os.Getpid()) {
+		return nil
+	}
+	return list[1:]
+}
+
+// searchPath is PATH, or where a shell looks without one.
+func searchPath() string {
+	if path := os.Getenv("PATH"); path != "" {
+		return path
+	}
+	return "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+}
+
+// realCRIU is the configured one, or the first criu in PATH behind ourselves, or else the first
+// before. It is never this program: neither by this name nor, should a copy of it be
+// there, by turns. Who only goes on in PATH comes to its end; a step that may lead back is
+// tried once: again says that it is to be remembered.
+func realCRIU(configured, path string, tried []string) (found string, again bool, err error) {
 	self, err := os.Stat("/proc/self/exe")
 	if err != nil {
-		return "", err
+		return "", false, err
 	}
 	if configured != "" {
 		st, err := os.Stat(configured)
 		switch {
 		case err != nil:
-			return "", fmt.Errorf("the key criu: %w", err)
+			return "", false, fmt.Errorf("the key criu: %w", err)
 		case os.SameFile(st, self):
-			return "", fmt.Errorf("the key criu, %s: that is criu-netlock itself", configured)
+			return "", false, fmt.Errorf("the key criu, %s: that is criu-netlock itself", configured)
 		}
-		return configured, nil
+		return configured, false, nil
 	}
-	var found string
+	var before, behind string
+	here := false // in PATH
 	for _, dir := range filepath.SplitList(path) {
 		if dir == "" {
 			dir = "."
@@ -106,15 +136,24 @@ func realCRIU(configured, path string) (string, error) {
 		switch {
 		case err != nil || !st.Mode().IsRegular() || st.Mode()&0o111 == 0:
 		case os.SameFile(st, self):
-			found = "" // what stands before us may be another of us, which looks behind itself
-		case found == "":
-			found = name
+			if before == "" {
+				before = behind
+			}
+			here, behind = true, "" // it may be another of us, which looks behind itself
+		case slices.Contains(tried, name):
+		case here && behind == "":
+			behind = name
+		case !here && before == "":
+			before = name
 		}
 	}
-	if found == "" {
-		return "", errors.New("there is no criu in PATH but criu-netlock itself; the key criu in " + config.DefaultPath + " can name it")
+	switch {
+	case behind != "":
+		return behind, false, nil
+	case before != "":
+		return before, true, nil
 	}
-	return found, nil
+	return "", false, errors.New("there is no criu in PATH but criu-netlock itself; the key criu in " + config.DefaultPath + " can name it")
 }
 
 // swrkFD is the client's connection, if there is one. CRIU takes options before the verb, and

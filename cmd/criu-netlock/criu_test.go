@@ -19,7 +19,7 @@ import (
 	"github.com/criu-netlock/criu-netlock/netlock/netlocktest"
 )
 
-// The real criu is the next one in PATH behind this program, and never this program.
+// The real criu is the next one in PATH behind this program, or else one before, and never this program.
 func TestRealCRIU(t *testing.T) {
 	dir := t.TempDir()
 	make := func(name string, f func(string) error) string {
@@ -43,22 +43,37 @@ func TestRealCRIU(t *testing.T) {
 	folder := make("folder", func(p string) error { return os.Mkdir(p, 0o755) })
 	plain := make("plain", func(p string) error { return os.WriteFile(p, nil, 0o644) })
 	for _, c := range []struct {
-		path []string
-		want string
+		path, tried []string
+		want        string
+		again       bool
 	}{
-		{[]string{a, b}, a}, {[]string{us, a, b}, a}, {[]string{a, us, b}, b}, {[]string{us, a, again, b}, b},
-		{[]string{us, folder, plain, dir + "/none", b}, b}, {[]string{us, again}, ""}, {[]string{a, us}, ""}, {nil, ""},
+		{[]string{a, b}, nil, a, true}, {[]string{us, a, b}, nil, a, false}, {[]string{a, us, b}, nil, b, false}, {[]string{us, a, again, b}, nil, b, false},
+		{[]string{us, folder, plain, dir + "/none", b}, nil, b, false}, {[]string{us, again}, nil, "", false}, {nil, nil, "", false},
+		// Before us, where nothing is behind.
+		{[]string{a, us}, nil, a, true}, {[]string{a, b, us, plain}, nil, a, true}, {[]string{us, a, again}, nil, a, true}, {[]string{us, a, b, again, us}, nil, a, true},
+		// What was tried leads back.
+		{[]string{a, us}, []string{a}, "", false}, {[]string{a, b, us}, []string{a}, b, true}, {[]string{a, b}, []string{a, b}, "", false}, {[]string{us, a, b}, []string{a}, b, false},
 	} {
-		got, err := realCRIU("", strings.Join(c.path, ":"))
-		if want := filepath.Join(c.want, "criu"); c.want != "" && (got != want || err != nil) || c.want == "" && err == nil {
-			t.Errorf("%q: %q, %v", c.path, got, err)
+		var tried []string
+		for _, dir := range c.tried {
+			tried = append(tried, filepath.Join(dir, "criu"))
+		}
+		got, again, err := realCRIU("", strings.Join(c.path, ":"), tried)
+		if want := filepath.Join(c.want, "criu"); c.want != "" && (got != want || again != c.again || err != nil) || c.want == "" && err == nil {
+			t.Errorf("%q, tried %q: %q, %v, %v", c.path, c.tried, got, again, err)
 		}
 	}
-	if got, err := realCRIU(b+"/criu", a); got != b+"/criu" || err != nil {
+	if got, _, err := realCRIU(b+"/criu", a, nil); got != b+"/criu" || err != nil {
 		t.Errorf("configured: %q, %v", got, err)
 	}
+	for path, want := range map[string]string{"": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", a: a} {
+		t.Setenv("PATH", path)
+		if got := searchPath(); got != want {
+			t.Errorf("PATH %q: %q", path, got)
+		}
+	}
 	for _, bad := range []string{us + "/criu", exe, dir + "/none"} {
-		if got, err := realCRIU(bad, a); err == nil {
+		if got, _, err := realCRIU(bad, a, nil); err == nil {
 			t.Errorf("configured as %q: %q", bad, got)
 		}
 	}
@@ -93,6 +108,54 @@ func asLink(t *testing.T) string {
 		t.Fatal(err)
 	}
 	return p
+}
+
+// Copies of the program, and a script that calls it, do not go on by turns; what the real criu
+// finds in its environment is of no account to what it starts.
+func TestRealCRIUByTurns(t *testing.T) {
+	netlocktest.Need(t, "cp", "sh", "env", "grep")
+	dir := t.TempDir()
+	place := func(name, script string) string {
+		d := filepath.Join(dir, name)
+		if err := os.Mkdir(d, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if script != "" {
+			writeScript(t, d+"/criu", script)
+		} else if out, err := exec.Command("cp", program, d+"/criu").CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		return d
+	}
+	a, b := place("a", ""), place("b", "")
+	real := place("real", `[ "$1" != again ] || exec "$2" x; [ "$1" != another ] || { "$2" x; exit; }; echo "real $*"; env | grep -c '^CRIU_NETLOCK_TRIED='; true`)
+	wrapper := place("wrapper", `exec `+program+` criu "$@"`)
+	const tools = "/usr/bin:/bin"
+	for _, c := range []struct {
+		path []string
+		argv []string
+		want string // nothing: there is none
+	}{
+		{[]string{a, real}, []string{a + "/criu", "x"}, "real x\n0\n"},
+		{[]string{a, b, real}, []string{a + "/criu", "x"}, "real x\n0\n"},
+		{[]string{real, a, b}, []string{b + "/criu", "x"}, "real x\n1\n"},
+		{[]string{a, real, b}, []string{b + "/criu", "x"}, "real x\n1\n"},
+		{[]string{a, b}, []string{a + "/criu", "x"}, ""},
+		{[]string{a, b}, []string{b + "/criu", "x"}, ""},
+		{[]string{a, b}, []string{program, "criu", "x"}, ""},
+		{[]string{a, b, a, b}, []string{a + "/criu", "x"}, ""},
+		{[]string{wrapper, real}, []string{wrapper + "/criu", "x"}, "real x\n1\n"},
+		{[]string{wrapper}, []string{wrapper + "/criu", "x"}, ""},
+		{[]string{wrapper, a, b, real}, []string{program, "criu", "x"}, "real x\n1\n"},
+		// The same process, and another one.
+		{[]string{real, a}, []string{a + "/criu", "again", a + "/criu"}, ""},
+		{[]string{real, a}, []string{a + "/criu", "another", a + "/criu"}, "real x\n1\n"},
+	} {
+		r := execute(t, []string{"PATH=" + strings.Join(append(c.path, tools), ":")}, c.argv...)
+		if want := map[bool]int{true: 0, false: 1}[c.want != ""]; r.code != want || r.stdout != c.want || c.want == "" && !strings.Contains(r.stderr, "no criu in PATH") {
+			t.Errorf("%q in %q: %v", c.argv, c.path, r)
+		}
+	}
 }
 
 // What the real criu has from its parent it has as if we were not there: signals ignored and

@@ -96,7 +96,7 @@ func sameFile(a, b string) bool {
 // linkNotes are what the user has to know of a link.
 func (c *cli) linkNotes(link string) (notes []string) {
 	dirs := filepath.SplitList(os.Getenv("PATH"))
-	if _, err := realCRIU("", strings.Join(append(dirs, sbin[:]...), string(filepath.ListSeparator))); err != nil {
+	if _, _, err := realCRIU("", strings.Join(append(dirs, sbin[:]...), string(filepath.ListSeparator)), nil); err != nil {
 		notes = append(notes, "no real criu was found: install it, or name it by the key criu in /etc/criu/netlock.toml")
 	}
 	for _, dir := range dirs {
