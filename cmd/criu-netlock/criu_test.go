@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -295,4 +296,23 @@ func TestSwrkDescriptors(t *testing.T) {
 			_ = cmd.Wait()
 		})
 	}
+}
+
+// Exec is the main thread's, which alone has the signal for the parent's end: also of many at
+// once, where goroutines go from thread to thread.
+func TestCRIUMainThread(t *testing.T) {
+	netlocktest.Need(t, "sh", "setpriv")
+	_, env := criuScript(t, `exec "$@"`)
+	var all sync.WaitGroup
+	for range 8 {
+		all.Go(func() {
+			for range 20 {
+				out, err := command(t.Context(), []string{env}, "setpriv", "--pdeathsig", "TERM", program, "criu", "setpriv", "--dump").CombinedOutput()
+				if err != nil || !strings.Contains(string(out), "Parent death signal: TERM\n") {
+					t.Errorf("%v\n%s", err, out)
+				}
+			}
+		})
+	}
+	all.Wait()
 }
