@@ -16,6 +16,7 @@ import (
 
 	"github.com/criu-netlock/criu-netlock/netlock"
 	"github.com/criu-netlock/criu-netlock/netlock/hold"
+	"github.com/criu-netlock/criu-netlock/nft/nfnl"
 )
 
 // queueTarget has no --queue-bypass: a packet that finds no holder, or no room, is dropped.
@@ -89,8 +90,8 @@ func (s *session) asWanted(q queue) bool {
 	case q == "":
 		return false
 	}
-	held, _ := hold.Count(q.num(), 0)
-	return held.Bound
+	_, bound, err := nfnl.ReadQueue(q.num())
+	return err == nil && bound
 }
 
 // bind takes a queue for the lock that is about to be made, if it is to hold.
@@ -128,8 +129,8 @@ func (s *session) dropInstead(cause error) {
 }
 
 // count says what of the packets of a lock was dropped.
-func count(st *netlock.State, q queue) {
-	st.Queue, st.DroppedIn = hold.Count(q.num(), st.DroppedIn)
+func (s *session) count(st *netlock.State, q queue) {
+	st.Queue, st.DroppedIn = hold.Count(s.ctx, s.ns, q.num(), st.DroppedIn, s.o.Holder)
 }
 
 // deliver lets the namespace send again, has what is held delivered, and lets in what

@@ -409,7 +409,7 @@ func (s *session) summary(ps []place) (st netlock.State) {
 		}
 	}
 	if q != "" {
-		count(&st, q)
+		s.count(&st, q)
 	}
 	return st
 }

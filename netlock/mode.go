@@ -3,6 +3,8 @@ package netlock
 import (
 	"context"
 	"errors"
+	"fmt"
+	"strings"
 )
 
 // Mode is what a lock does with the packets that come in. What goes out is dropped in
@@ -55,8 +57,44 @@ type Queue struct {
 	// Number is the queue's; with Bound false nobody holds, and all is dropped.
 	Number uint16
 	Bound  bool
-	// Held are the packets in it now, Delivered those that came out of it, Overflowed those
+	// Held are the packets in it now, Delivered those that an unlock delivered, Overflowed those
 	// that found it full. Lost were held, and dropped by the kernel when a base chain of
 	// somebody else's in the namespace, or a network device, was removed.
 	Held, Delivered, Overflowed, Lost uint64
+}
+
+// Warning says in words which packets were not kept; it is empty if all were.
+func (q Queue) Warning() string {
+	var words []string
+	if q.Overflowed > 0 {
+		words = append(words, fmt.Sprintf("%s dropped: the queue was full", packets(q.Overflowed)))
+	}
+	if q.Lost > 0 {
+		words = append(words, fmt.Sprintf("%s held and lost: somebody removed a base chain or a device", packets(q.Lost)))
+	}
+	return strings.Join(words, "; ")
+}
+
+func packets(n uint64) string {
+	if n == 1 {
+		return "1 packet was"
+	}
+	return fmt.Sprintf("%d packets were", n)
+}
+
+// HoldWarning says in words what an Unlock that returned st has not delivered of what came in
+// under a lock of mode hold; it is empty if that is nothing.
+func (st State) HoldWarning() string {
+	words := st.Queue.Warning()
+	if st.NotDelivered != nil {
+		why := "what was held was dropped: " + st.NotDelivered.Error()
+		if st.Queue.Held > 0 {
+			why = packets(st.Queue.Held) + " held and then dropped: " + st.NotDelivered.Error()
+		}
+		if words != "" {
+			why += "; " + words
+		}
+		words = why
+	}
+	return words
 }

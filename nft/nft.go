@@ -287,7 +287,10 @@ func (s *session) read(ctx context.Context, t table) (view, error) {
 	}
 	v := judge(t, objs, rules, want)
 	if v.queue != nil {
-		err = s.ns.Do(func() error { v.held, v.in = hold.Count(v.queue.num, v.in); return nil })
+		err = s.ns.Do(func() error {
+			v.held, v.in = hold.Count(s.ctx, s.ns, v.queue.num, v.in, s.o.Holder)
+			return nil
+		})
 	}
 	return v, err
 }

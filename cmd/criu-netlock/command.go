@@ -372,8 +372,12 @@ type outcome struct {
 	// Mode is the lock's, NotHeld why it is drop where hold was asked for.
 	Mode    netlock.Mode `json:"mode,omitempty"`
 	NotHeld *string      `json:"not_held,omitempty"`
+	// Queue is what became of what came in under a lock of mode hold that was taken off.
+	Queue        *queueJSON `json:"queue,omitempty"`
+	NotDelivered *string    `json:"not_delivered,omitempty"`
 
-	err error
+	warning string // of the two above
+	err     error
 }
 
 const failed = "failed"
@@ -382,6 +386,18 @@ func (t target) outcome(result, backend string, err error) outcome {
 	o := outcome{Netns: t.ns.Inode(), Target: t.foundAt, Result: result, err: err, Backend: orNull(backend)}
 	if err != nil {
 		o.Error = orNull(told(err))
+	}
+	return o
+}
+
+// unlocked is the outcome of an unlock.
+func (t target) unlocked(result string, st netlock.State, err error) outcome {
+	o := t.outcome(result, st.Backend, err)
+	if st.Mode == netlock.Hold {
+		o.Queue, o.warning = newQueue(st.Queue), st.HoldWarning()
+		if st.NotDelivered != nil {
+			o.NotDelivered = orNull(told(st.NotDelivered))
+		}
 	}
 	return o
 }
@@ -420,6 +436,12 @@ func (c *cli) report(os []outcome) error {
 			fmt.Fprintf(&b, "; in mode drop: %s", *o.NotHeld)
 		} else if o.Mode == netlock.Hold {
 			b.WriteString(", holding")
+		}
+		if q := o.Queue; q != nil && q.Delivered > 0 {
+			fmt.Fprintf(&b, ", %d delivered", q.Delivered)
+		}
+		if o.warning != "" {
+			fmt.Fprintf(&b, "; warning: %s", wire.OneLine(o.warning))
 		}
 		b.WriteByte('\n')
 	}
@@ -565,7 +587,7 @@ func (c *cli) unlock() error {
 			case st.Found:
 				result = "unlocked"
 			}
-			out[i] = ts[i].outcome(result, st.Backend, err)
+			out[i] = ts[i].unlocked(result, st, err)
 		})
 		return out, findErr
 	})
@@ -592,6 +614,11 @@ type queueJSON struct {
 	Held       uint64 `json:"held"`
 	Delivered  uint64 `json:"delivered"`
 	Overflowed uint64 `json:"overflowed"`
+	Lost       uint64 `json:"lost"`
+}
+
+func newQueue(q netlock.Queue) *queueJSON {
+	return &queueJSON{q.Number, q.Bound, q.Held, q.Delivered, q.Overflowed, q.Lost}
 }
 
 func newStatus(ns *netlock.Namespace, st netlock.State) statusJSON {
@@ -601,7 +628,7 @@ func newStatus(ns *netlock.Namespace, st netlock.State) statusJSON {
 	}
 	j.Mode = orNull(string(st.Mode))
 	if st.Mode == netlock.Hold {
-		j.Queue = &queueJSON{st.Queue.Number, st.Queue.Bound, st.Queue.Held, st.Queue.Delivered, st.Queue.Overflowed}
+		j.Queue = newQueue(st.Queue)
 	}
 	if !st.Found {
 		j.Backend = nil
@@ -641,7 +668,7 @@ func statusText(t target, st netlock.State) string {
 	case !q.Bound:
 		line("held", "nothing: nobody holds queue %d, so it drops", q.Number)
 	default:
-		line("held", "%d now, %d delivered, %d found the queue full", q.Held, q.Delivered, q.Overflowed)
+		line("held", "%d now, %d delivered, %d found the queue full, %d lost", q.Held, q.Delivered, q.Overflowed, q.Lost)
 	}
 	if st.Since.IsZero() {
 		line("since", "unknown")

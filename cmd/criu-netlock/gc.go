@@ -96,7 +96,7 @@ func (c *cli) collect(ctx context.Context, l *netlock.Locker, f locked, blind bo
 			o = f.outcome(failed, "", err)
 			return
 		}
-		o = f.outcome("stale, unlocked", st.Backend, err)
+		o = f.unlocked("stale, unlocked", st, err)
 	})
 	if !mine {
 		o = f.outcome(failed, "", &netlock.Error{Kind: netlock.KindDeadline, Op: "wait for the guard", Namespace: f.ns.String(), Err: os.ErrDeadlineExceeded})

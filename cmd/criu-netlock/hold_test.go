@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
@@ -160,11 +161,7 @@ func TestHoldGuardKilled(t *testing.T) {
 	c.ok(t, l.pid, "pre-dump", "network-lock")
 	l.send("a", "b")
 	g := c.guard(t)
-	var st unix.Stat_t
-	if err := unix.Stat("/proc/"+l.pid+"/ns/net", &st); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = os.Remove(fmt.Sprintf("%s/hold-%d-%d", guard.Dir, st.Ino, 0xC114)) }) // a killed guard leaves it
+	removeSockets(t, netnsOf(t, l.pid)) // a killed guard leaves it
 	if err := unix.Kill(g, unix.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
@@ -305,6 +302,55 @@ func TestHoldByHand(t *testing.T) {
 	run(t, "lock", "--pid", l.pid, "--mode", "auto").want(t, 2, "")
 }
 
+// What is not delivered is told before the unlock and by it, though it succeeds.
+func TestHoldWarnings(t *testing.T) { eachBackend(t, holdWarnings) }
+
+func holdWarnings(t *testing.T, backend string) {
+	l := newLine(t)
+	removeSockets(t, netnsOf(t, l.pid)) // a killed holder leaves them
+	env := []string{config.EnvPath + "=" + file(t, "hold.toml", "backend = \""+backend+"\"\nhold-packets = 5\n")}
+	do := func(args ...string) result { return execute(t, env, append([]string{program}, args...)...) }
+	inside := func(args ...string) {
+		t.Helper()
+		if r := execute(t, nil, append([]string{"nsenter", "-t", l.pid, "-n"}, args...)...); r.code != 0 {
+			t.Fatal(r)
+		}
+	}
+	ino := netnsOf(t, l.pid)
+	inside("nft", "add table ip theirs; add chain ip theirs c { type filter hook postrouting priority 0; }")
+	do("lock", "--pid", l.pid, "--mode", "hold").want(t, 0, "holding")
+	l.send("a", "b", "c", "d", "e", "f", "g")
+	do("status", "--pid", l.pid).want(t, 0, "5 now, 0 delivered, 2 found the queue full, 0 lost")
+	inside("nft", "delete table ip theirs")
+	do("status", "--pid", l.pid).want(t, 0, "0 now, 0 delivered, 2 found the queue full, 5 lost")
+	do("status", "--pid", l.pid, "--json").want(t, 0, `"delivered": 0`, `"overflowed": 2`, `"lost": 5`, `"dropped_in": 7`)
+	l.send("h")
+	do("unlock", "--pid", l.pid).want(t, 0, "), 1 delivered; warning: 2 packets were dropped: the queue was full; 5 packets were held and lost: ")
+	l.expect("h")
+
+	do("lock", "--pid", l.pid, "--mode", "hold").want(t, 0, "holding")
+	l.send("a", "b", "c", "d", "e", "f")
+	do("unlock", "--pid", l.pid, "--json").want(t, 0, `"delivered": 5`, `"overflowed": 1`, `"lost": 0`)
+	l.expect("a", "b", "c", "d", "e")
+
+	for _, args := range [][]string{nil, {"--json"}} {
+		do("lock", "--pid", l.pid, "--mode", "hold").want(t, 0, "holding")
+		l.send("a")
+		for _, pid := range holdersIn(t, ino) {
+			if err := unix.Kill(pid, unix.SIGKILL); err != nil {
+				t.Fatal(err)
+			}
+		}
+		eventually(t, "without a holder", func() bool { return len(holdersIn(t, ino)) == 0 })
+		says := "; warning: what was held was dropped: "
+		if args != nil {
+			says = `"not_delivered": "`
+		}
+		do(append([]string{"unlock", "--pid", l.pid}, args...)...).want(t, 0, says)
+	}
+	l.expect()
+}
+
 // holders are the pids of the processes that hold for a lock by hand.
 func holders(t *testing.T) (pids []int) {
 	t.Helper()
@@ -318,4 +364,41 @@ func holders(t *testing.T) (pids []int) {
 		}
 	}
 	return pids
+}
+
+// holdersIn are those that hold in one namespace.
+func holdersIn(t *testing.T, netns uint64) (pids []int) {
+	t.Helper()
+	for _, pid := range holders(t) {
+		dir := fmt.Sprintf("/proc/%d/fd/", pid)
+		fds, _ := os.ReadDir(dir)
+		for _, fd := range fds {
+			var st unix.Stat_t
+			if unix.Stat(dir+fd.Name(), &st) == nil && st.Ino == netns {
+				pids = append(pids, pid)
+				break
+			}
+		}
+	}
+	return pids
+}
+
+func netnsOf(t *testing.T, pid string) uint64 {
+	t.Helper()
+	var st unix.Stat_t
+	if err := unix.Stat("/proc/"+pid+"/ns/net", &st); err != nil {
+		t.Fatal(err)
+	}
+	return st.Ino
+}
+
+// removeSockets removes those of a namespace's holders at the end of the test.
+func removeSockets(t *testing.T, netns uint64) {
+	t.Helper()
+	t.Cleanup(func() {
+		names, _ := filepath.Glob(fmt.Sprintf("%s/hold-%d-*", guard.Dir, netns))
+		for _, name := range names {
+			_ = os.Remove(name)
+		}
+	})
 }

@@ -33,7 +33,10 @@ type Holder struct {
 	serving map[uint64]*server // where others ask, by the namespace's inode
 }
 
-var _ netlock.Holder = (*Holder)(nil)
+var (
+	_ netlock.Holder = (*Holder)(nil)
+	_ hold.Teller    = (*Holder)(nil)
+)
 
 func (h *Holder) dir() string {
 	if h.Dir != "" {
@@ -84,6 +87,27 @@ func (h *Holder) Release(ctx context.Context, ns *netlock.Namespace, queue uint1
 	return q, err
 }
 
+// Delivered tells what was delivered, here or by who holds, of a queue that is still held.
+func (h *Holder) Delivered(ctx context.Context, ns *netlock.Namespace, queue uint16) (packets uint64, known bool) {
+	if packets, known = h.Holder.Delivered(ctx, ns, queue); known {
+		return packets, true
+	}
+	c, err := h.dial(ns, queue, tellTime)
+	if err != nil {
+		return 0, false
+	}
+	defer c.Close()
+	if say(c, sayTell) != nil {
+		return 0, false
+	}
+	text, err := read(c)
+	if err != nil {
+		return 0, false
+	}
+	n, _ := fmt.Sscanf(text, sayDone+" %d", &packets)
+	return packets, n == 1
+}
+
 func (h *Holder) serve(ns *netlock.Namespace, num uint16) error {
 	own, err := ns.Dup()
 	if err != nil {
@@ -123,6 +147,7 @@ func (h *Holder) leave(ns *netlock.Namespace) {
 const (
 	sayRelease = "release " + Version
 	sayRepeat  = "repeat " + Version
+	sayTell    = "tell " + Version
 	sayOpen    = "open"
 	sayOpened  = "opened"
 	sayDone    = "done"
@@ -130,6 +155,9 @@ const (
 
 // releaseTime bounds a delivery for somebody else; when it fails they unlock without.
 const releaseTime = 2 * time.Second
+
+// tellTime bounds a question that somebody else's delivery may keep from being answered.
+const tellTime = 200 * time.Millisecond
 
 func (h *Holder) answer(c *net.UnixConn, ns *netlock.Namespace, num uint16) {
 	ctx, cancel := context.WithTimeout(context.Background(), releaseTime)
@@ -142,6 +170,11 @@ func (h *Holder) answer(c *net.UnixConn, ns *netlock.Namespace, num uint16) {
 	switch text, err := read(c); {
 	case err == nil && text == sayRepeat:
 		v = netlock.Repeat
+	case err == nil && text == sayTell:
+		if n, known := h.Holder.Delivered(ctx, ns, num); known {
+			_ = say(c, fmt.Sprint(sayDone, " ", n)) // who asked may have gone
+		}
+		return
 	case err != nil || text != sayRelease:
 		return
 	}
@@ -164,23 +197,20 @@ func (h *Holder) ask(ctx context.Context, ns *netlock.Namespace, num uint16, v n
 	fail := func(err error) (netlock.Queue, error) {
 		return q, fmt.Errorf("%w: nobody delivers what is held: %w", netlock.ErrNotHolding, err)
 	}
-	if err := trusted(h.dir()); err != nil {
-		return fail(err)
+	wait := releaseTime
+	if d, ok := ctx.Deadline(); ok && time.Until(d) < wait {
+		wait = time.Until(d) / 2 // the rest is for the unlock
 	}
-	c, err := net.DialUnix("unixpacket", nil, &net.UnixAddr{Name: filepath.Join(h.dir(), holdName(ns.Inode(), num)), Net: "unixpacket"})
+	c, err := h.dial(ns, num, wait)
 	if err != nil {
 		return fail(err)
 	}
 	defer c.Close()
-	until := time.Now().Add(releaseTime)
-	if d, ok := ctx.Deadline(); ok && d.Before(until) {
-		until = time.Now().Add(time.Until(d) / 2) // the rest is for the unlock
-	}
 	how := sayRelease
 	if v == netlock.Repeat {
 		how = sayRepeat
 	}
-	if err := errors.Join(c.SetDeadline(until), say(c, how)); err != nil {
+	if err := say(c, how); err != nil {
 		return fail(err)
 	}
 	if err := hear(c, sayOpen); err != nil {
@@ -201,6 +231,18 @@ func (h *Holder) ask(ctx context.Context, ns *netlock.Namespace, num uint16, v n
 		return fail(errors.New(text))
 	}
 	return q, nil
+}
+
+// dial reaches who holds, for so long.
+func (h *Holder) dial(ns *netlock.Namespace, queue uint16, wait time.Duration) (*net.UnixConn, error) {
+	if err := trusted(h.dir()); err != nil {
+		return nil, err
+	}
+	c, err := net.DialUnix("unixpacket", nil, &net.UnixAddr{Name: filepath.Join(h.dir(), holdName(ns.Inode(), queue)), Net: "unixpacket"})
+	if err == nil {
+		err = c.SetDeadline(time.Now().Add(wait))
+	}
+	return c, err
 }
 
 func say(c *net.UnixConn, text string) error {

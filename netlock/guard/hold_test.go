@@ -78,6 +78,9 @@ func holderIsAsked(t *testing.T, b netlock.Backend) {
 		t.Errorf("after who asked has ended: %+v, %v", st, err)
 	}
 	o.Holder = asks
+	if st, err := b.State(t.Context(), ns, o); err != nil || st.Queue.Held != 2 || st.Queue.Delivered != 3 || st.Queue.Lost != 0 {
+		t.Errorf("the same for another process: %+v, %v", st, err)
+	}
 	st, err := b.Unlock(t.Context(), ns, o)
 	if err != nil || st.NotDelivered != nil || st.Queue.Delivered != 5 || st.Queue.Held+st.Queue.Lost != 0 {
 		t.Errorf("unlock: %+v, %v", st, err)

@@ -46,7 +46,10 @@ type Holder struct {
 	holds map[uint64]*held // by the namespace's inode
 }
 
-var _ netlock.Holder = (*Holder)(nil)
+var (
+	_ netlock.Holder = (*Holder)(nil)
+	_ Teller         = (*Holder)(nil)
+)
 
 // held is one bound queue, and who reads its socket: unread, it would fill.
 type held struct {
@@ -210,18 +213,49 @@ func (h *Holder) Release(ctx context.Context, ns *netlock.Namespace, num uint16,
 
 // Count says what became of the in packets that a lock has sent to a queue of the calling
 // thread's namespace. Whatever was neither held nor delivered was dropped.
-func Count(num uint16, in uint64) (q netlock.Queue, dropped uint64) {
+//
+// What is in the queue no more was lost, unless a delivery began and failed, or goes on: who holds
+// knows that, the kernel does not.
+func Count(ctx context.Context, ns *netlock.Namespace, num uint16, in uint64, holder netlock.Holder) (q netlock.Queue, dropped uint64) {
 	q = netlock.Queue{Number: num}
 	st, there, err := nfnl.ReadQueue(num)
 	if err != nil || !there {
 		return q, in
 	}
-	q.Bound = true
-	q.Held, q.Overflowed = st.Held, st.Full+st.Unread
-	if out := st.Counted - st.Unread; out > st.Held {
-		q.Delivered = out - st.Held
+	gone := uint64(0)
+	if st.Counted > st.Held+st.Unread {
+		if gone, err = lost(num); err != nil {
+			return q, in
+		}
 	}
+	if teller, ok := holder.(Teller); ok && gone > 0 {
+		delivered, known := teller.Delivered(ctx, ns, num)
+		q.Delivered = min(gone, delivered)
+		if !known { // the delivery is over by now, perhaps, and the queue is gone
+			if st, there, err = nfnl.ReadQueue(num); err != nil || !there {
+				return q, in
+			}
+		}
+	}
+	q.Bound = true
+	q.Held, q.Overflowed, q.Lost = st.Held, st.Full+st.Unread, gone-q.Delivered
 	return q, in - min(in, q.Held+q.Delivered)
+}
+
+// Teller is a Holder that can tell what it has delivered of a queue that it goes on holding; it
+// does not know while it delivers.
+type Teller interface {
+	Delivered(ctx context.Context, ns *netlock.Namespace, queue uint16) (packets uint64, known bool)
+}
+
+// Delivered is what a Release that failed has delivered.
+func (h *Holder) Delivered(_ context.Context, ns *netlock.Namespace, queue uint16) (uint64, bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if k := h.holds[ns.Inode()]; k != nil && k.Number() == queue {
+		return k.delivered, true
+	}
+	return 0, false
 }
 
 // Adopt makes a queue of the namespace, which another process has bound, the Holder's.

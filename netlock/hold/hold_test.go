@@ -426,7 +426,7 @@ func TestBounds(t *testing.T) {
 		if st := l.state(); st.Queue.Held != 50 || st.Queue.Overflowed != 70 || st.DroppedIn != 70 {
 			t.Errorf("after 120 packets: %+v", st)
 		}
-		if st := l.unlock(); st.Queue.Delivered != 50 || st.Queue.Overflowed != 70 {
+		if st := l.unlock(); st.Queue.Delivered != 50 || st.Queue.Overflowed != 70 || !strings.HasPrefix(st.HoldWarning(), "70 packets were dropped") {
 			t.Errorf("unlocked: %+v", st)
 		}
 		f.expect(1, 50)
@@ -464,7 +464,7 @@ func (l *lab) expectGone(f *flow) {
 	if !st.Locked || !st.Intact || st.Mode != netlock.Hold || st.Queue.Bound || st.DroppedIn < 20 {
 		l.t.Errorf("without a holder: %+v", st)
 	}
-	if st := l.unlock(); st.NotDelivered == nil {
+	if st := l.unlock(); st.NotDelivered == nil || !strings.HasPrefix(st.HoldWarning(), "what was held was dropped: ") {
 		l.t.Errorf("unlocked without a holder: %+v", st)
 	}
 	f.nothing()
@@ -575,7 +575,10 @@ func TestBaseChainRemoved(t *testing.T) {
 		l.Inside.Run("", "nft", "delete", "table", "ip", "theirs")
 		f.send(5)
 		l.waitHeld(5)
-		if st := l.unlock(); st.Queue.Lost != 10 || st.Queue.Delivered != 5 {
+		if q := l.state().Queue; q.Lost != 10 || q.Delivered != 0 || q.Held != 5 {
+			t.Errorf("before the unlock: %+v", q)
+		}
+		if st := l.unlock(); st.Queue.Lost != 10 || st.Queue.Delivered != 5 || !strings.HasPrefix(st.HoldWarning(), "10 packets were held and lost") {
 			t.Errorf("unlocked: %+v", st)
 		}
 		f.expect(11, 15)
