@@ -38,7 +38,9 @@ const (
 // to the defaults.
 type Holder struct {
 	// Packets and Bytes bound what is held in one namespace; 0 means the default. At
-	// either bound what comes is dropped.
+	// either bound what comes is dropped. Bytes is exceeded by less than one packet, unless one
+	// comes that is longer than 1,500 bytes and than all before: then by what comes until the
+	// holder has read of it.
 	Packets uint32
 	Bytes   uint64
 
@@ -54,35 +56,67 @@ var (
 // held is one bound queue, and who reads its socket: unread, it would fill.
 type held struct {
 	*nfnl.Queue
-	bytes uint64
+	packets uint32
+	bytes   uint64
+	limit   uint32 // what the kernel keeps by now
+	// before are packets of which it is not known how long they are. Those in past, of what Seen
+	// tells, are not there any more, or among these.
+	before, past, pastSize uint64
 	// delivered by a Release that failed later.
 	delivered uint64
 	stopFD    int
 	done      chan struct{}
 }
 
-func newHeld(q *nfnl.Queue, bytes uint64) (*held, error) {
+// start begins to read.
+func (k *held) start() error {
 	fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
 	if err != nil {
-		return nil, fmt.Errorf("eventfd: %w", err)
+		return fmt.Errorf("eventfd: %w", err)
 	}
-	k := &held{Queue: q, bytes: bytes, stopFD: fd, done: make(chan struct{})}
+	k.stopFD, k.done = fd, make(chan struct{})
+	k.bound()
 	go k.read()
-	return k, nil
+	return nil
 }
 
-// read keeps the socket empty, and has the kernel drop what comes when the bytes are full.
+// read keeps the socket empty, and the kernel's bound where the bytes have it.
 func (k *held) read() {
 	defer close(k.done)
-	full := false
 	for {
 		stopped, err := k.Wait(k.stopFD)
 		if stopped || err != nil {
 			return
 		}
-		if _, size, _ := k.Seen(); size >= k.bytes && !full {
-			full = k.SetMaxLen(1) == nil // to keep those that are there, and no more
-		}
+		k.bound()
+	}
+}
+
+// usual is as long as a packet is taken to be until a longer one has come.
+const usual = 1500
+
+// begin takes what is in the queue for all that there has been. It is called in the namespace.
+func (k *held) begin() error {
+	st, _, err := nfnl.ReadQueue(k.Number())
+	k.before = st.Held
+	k.past, k.pastSize, _ = k.Seen()
+	return err
+}
+
+// bound has the kernel, which counts packets, keep as many more as fit into the bytes that are
+// left, were all as long as the longest. Where that is none, one more is kept: so no less than
+// the bytes are held, and no more than one packet above, unless longer ones than any before come
+// faster than they are read of.
+func (k *held) bound() {
+	n, size, _ := k.Seen()
+	n += k.before - k.past
+	size += k.before*usual - k.pastSize
+	limit := uint64(1) // those that are there, and no more
+	if size < k.bytes {
+		limit = n + max(1, (k.bytes-size)/max(usual, k.Longest()))
+	}
+	if l := uint32(min(limit, uint64(k.packets))); l != k.limit && k.SetMaxLen(l) == nil {
+		k.limit = l
 	}
 }
 
@@ -108,7 +142,7 @@ func (h *Holder) Bind(ctx context.Context, ns *netlock.Namespace) (num uint16, f
 	if err != nil {
 		return 0, false, failure("bind a queue", ns, err)
 	}
-	return q.Number(), true, h.add(ns, q, 0)
+	return q.Number(), true, h.add(ns, &held{Queue: q, limit: h.packets()})
 }
 
 // bind takes the first queue that is free.
@@ -125,17 +159,15 @@ func bind(ctx context.Context, packets uint32) (q *nfnl.Queue, err error) {
 	return nil, err
 }
 
-func (h *Holder) add(ns *netlock.Namespace, q *nfnl.Queue, delivered uint64) error {
-	bytes := h.Bytes
-	if bytes == 0 {
-		bytes = DefaultBytes
+func (h *Holder) add(ns *netlock.Namespace, k *held) error {
+	k.packets, k.bytes = h.packets(), h.Bytes
+	if k.bytes == 0 {
+		k.bytes = DefaultBytes
 	}
-	k, err := newHeld(q, bytes)
-	if err != nil {
-		q.Close()
+	if err := k.start(); err != nil {
+		k.Close()
 		return failure("hold", ns, err)
 	}
-	k.delivered = delivered
 	if h.holds == nil {
 		h.holds = map[uint64]*held{}
 	}
@@ -205,7 +237,9 @@ func (h *Holder) Release(ctx context.Context, ns *netlock.Namespace, num uint16,
 	if err != nil {
 		h.mu.Lock()
 		defer h.mu.Unlock()
-		return out, failure("deliver", ns, errors.Join(err, h.add(ns, k.Queue, out.Delivered)))
+		k.delivered = out.Delivered
+		_ = ns.Do(k.begin) // what is not known of the bounds is no reason to drop what is held
+		return out, failure("deliver", ns, errors.Join(err, h.add(ns, k)))
 	}
 	go k.Close() // which may wait for an RCU grace period
 	return out, nil
@@ -260,9 +294,14 @@ func (h *Holder) Delivered(_ context.Context, ns *netlock.Namespace, queue uint1
 
 // Adopt makes a queue of the namespace, which another process has bound, the Holder's.
 func (h *Holder) Adopt(ns *netlock.Namespace, q *nfnl.Queue) error {
+	k := &held{Queue: q}
+	if err := ns.Do(k.begin); err != nil {
+		q.Close()
+		return failure("hold", ns, err)
+	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return h.add(ns, q, 0)
+	return h.add(ns, k)
 }
 
 // Queue is what Bind has bound in the namespace; nil if it has not. It stays the Holder's.

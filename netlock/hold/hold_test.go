@@ -432,25 +432,55 @@ func TestBounds(t *testing.T) {
 		f.expect(1, 50)
 		f.nothing()
 	})
+	// Whatever comes, and however fast, the bytes are exceeded by less than one packet.
 	t.Run("bytes", func(t *testing.T) {
-		const bound, size = 100_000, 1000
-		l := newLab(t, "nft", &hold.Holder{Bytes: bound})
-		f := l.flow("udp4", netlocktest.InsideV4, 1<<20)
-		l.lock()
-		// Each has 28 bytes of headers; the holder notices a moment later than the kernel.
-		n := uint64(0)
-		for l.state().Queue.Overflowed == 0 && n < 10*bound/size {
-			if _, err := f.out.Write(make([]byte, size)); err != nil {
-				t.Fatal(err)
+		const bound = 65536
+		for _, size := range []int{1000, 1400, 100} {
+			l := newLab(t, "nft", &hold.Holder{Bytes: bound})
+			f := l.flow("udp4", netlocktest.InsideV4, 4<<20)
+			l.lock()
+			n := uint64(0)
+			send := func(packets int) {
+				for range packets {
+					if _, err := f.out.Write(make([]byte, size)); err != nil {
+						t.Fatal(err)
+					}
+					n++
+				}
 			}
-			n++
+			length := uint64(size + 28) // of headers
+			least := (bound + length - 1) / length
+			send(2 * bound / size)
+			// What finds a bound that was to be raised is dropped; of what comes then, enough fits.
+			err := netlocktest.Until(func() (bool, error) {
+				if l.state().Queue.Held >= least {
+					return true, nil
+				}
+				send(1)
+				return false, nil
+			})
+			send(100)
+			st := l.state()
+			if err != nil || st.Queue.Held != least || st.Queue.Held+st.Queue.Overflowed != n {
+				t.Errorf("after %d packets of %d bytes: %+v, %v; %d are to be held", n, length, st.Queue, err, least)
+			}
+			if un := l.unlock(); un.Queue.Delivered != st.Queue.Held {
+				t.Errorf("unlocked: %+v", un)
+			}
 		}
-		st := l.state()
-		if st.Queue.Held < bound/(size+28) || st.Queue.Held >= n || st.Queue.Overflowed == 0 {
-			t.Errorf("after %d packets of %d bytes: %+v", n, size+28, st)
+	})
+	// As small ones come, more of them are let in than would fit if they were long.
+	t.Run("small", func(t *testing.T) {
+		const bound, packets = 1 << 20, 4000
+		l := newLab(t, "nft", &hold.Holder{Bytes: bound})
+		f := l.flow("udp4", netlocktest.InsideV4, 4<<20)
+		l.lock()
+		for range packets / 200 {
+			f.send(200)                       // 36 bytes each
+			time.Sleep(10 * time.Millisecond) // for the holder to read of them
 		}
-		if un := l.unlock(); un.Queue.Delivered != st.Queue.Held {
-			t.Errorf("unlocked: %+v", un)
+		if st := l.unlock(); st.Queue.Delivered < packets*9/10 { // as many of 1,500 bytes are 699
+			t.Errorf("unlocked: %+v", st)
 		}
 	})
 }

@@ -56,6 +56,7 @@ type Queue struct {
 	buf  []byte
 	seen uint64 // packets that the kernel has told of
 	size uint64 // their bytes
+	most uint64 // those of the longest
 	last uint32 // the highest id
 }
 
@@ -226,6 +227,13 @@ func (q *Queue) Seen() (packets, size uint64, last uint32) {
 	}
 }
 
+// Longest is the length of the longest packet that Seen has read of.
+func (q *Queue) Longest() uint64 {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.most
+}
+
 func (q *Queue) parse(b []byte) {
 	for len(b) >= nlmsgHdrLen+nfgenLen {
 		size := int(binary.NativeEndian.Uint32(b))
@@ -253,6 +261,7 @@ func (q *Queue) packet(attrs []byte) {
 	})
 	q.seen++
 	q.size += uint64(size)
+	q.most = max(q.most, uint64(size))
 }
 
 // QueueStat is what the kernel tells of a queue.
