@@ -4,9 +4,11 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -277,14 +279,15 @@ func TestModeOf(t *testing.T) {
 // By hand: a process of its own holds until the unlock.
 func TestHoldByHand(t *testing.T) {
 	l := newLine(t)
+	ino := netnsOf(t, l.pid)
 	run(t, "lock", "--pid", l.pid, "--mode", "hold").want(t, 0, "locked (nft), holding")
 	run(t, "lock", "--pid", l.pid, "--mode", "hold").want(t, 0, "already locked (nft), holding")
-	for _, pid := range holders(t) {
+	for _, pid := range holdersIn(t, ino) {
 		if err := onlyCaps(pid, threadCaps(capsOfUs, 0), "", ""); err != nil {
 			t.Error(err)
 		}
 	}
-	if len(holders(t)) == 0 {
+	if len(holdersIn(t, ino)) == 0 {
 		t.Error("nobody holds")
 	}
 	l.send("a", "b")
@@ -292,12 +295,12 @@ func TestHoldByHand(t *testing.T) {
 	run(t, "status", "--pid", l.pid, "--json").want(t, 0, `"mode": "hold"`, `"bound": true`, `"held": 2`)
 	run(t, "unlock", "--pid", l.pid).want(t, 0, "unlocked (nft)")
 	l.expect("a", "b")
-	eventually(t, "without a holder", func() bool { return len(holders(t)) == 0 })
+	eventually(t, "without a holder", func() bool { return len(holdersIn(t, ino)) == 0 })
 
 	run(t, "lock", "--pid", l.pid, "--mode", "hold").want(t, 0)
 	run(t, "lock", "--pid", l.pid, "--mode", "drop").want(t, 0, "locked (nft)")
 	run(t, "status", "--pid", l.pid, "--json").want(t, 0, `"mode": "drop"`)
-	eventually(t, "without a holder", func() bool { return len(holders(t)) == 0 })
+	eventually(t, "without a holder", func() bool { return len(holdersIn(t, ino)) == 0 })
 	run(t, "unlock", "--pid", l.pid).want(t, 0)
 	run(t, "lock", "--pid", l.pid, "--mode", "auto").want(t, 2, "")
 }
@@ -349,6 +352,129 @@ func holdWarnings(t *testing.T, backend string) {
 		do(append([]string{"unlock", "--pid", l.pid}, args...)...).want(t, 0, says)
 	}
 	l.expect()
+}
+
+// A holder by hand stays until the unlock is over, however long that takes.
+func TestHoldByHandSlowUnlock(t *testing.T) {
+	l := newLine(t)
+	run(t, "lock", "--pid", l.pid, "--mode", "hold").want(t, 0, "holding")
+	l.send("a", "b")
+	name := fmt.Sprintf("%s/hold-%d-%d", guard.Dir, netnsOf(t, l.pid), 0xC114)
+	c, err := net.DialUnix("unixpacket", nil, &net.UnixAddr{Name: name, Net: "unixpacket"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	for _, say := range []string{"release " + guard.Version, "opened"} {
+		time.Sleep(700 * time.Millisecond)
+		if _, err := c.Write([]byte(say)); err != nil {
+			t.Fatal(err)
+		}
+		b := make([]byte, 64)
+		n, err := c.Read(b)
+		if want := map[string]string{"opened": "done 2 0 0"}[say]; err != nil || !strings.HasPrefix(string(b[:n]), want) {
+			t.Fatalf("to %q the holder says %q, %v", say, b[:n], err)
+		}
+	}
+	l.expect("a", "b")
+	run(t, "unlock", "--pid", l.pid).want(t, 0, "unlocked")
+}
+
+// named is a network namespace of ip netns with a veth, whose other end is in a namespace of the
+// test's.
+type named struct {
+	t     *testing.T
+	name  string
+	ino   uint64
+	other *netlocktest.NS
+}
+
+func newNamed(t *testing.T) *named {
+	t.Helper()
+	netlocktest.Need(t, "ip", "nsenter")
+	n := &named{t: t, name: fmt.Sprintf("cn-hold-%d", os.Getpid()), other: netlocktest.NewNS(t)}
+	n.ip("netns", "add", n.name)
+	t.Cleanup(func() { _ = exec.Command("ip", "netns", "del", n.name).Run() }) // where the test has not
+	n.other.Run("", "ip", "link", "add", "outside", "type", "veth", "peer", "name", "inside", "netns", n.name)
+	ns, err := netlock.FromPath(n.name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ns.Close()
+	n.ino = ns.Inode()
+	removeSockets(t, n.ino)
+	return n
+}
+
+func (n *named) ip(args ...string) {
+	n.t.Helper()
+	if r := execute(n.t, nil, append([]string{"ip"}, args...)...); r.code != 0 {
+		n.t.Fatal(r)
+	}
+}
+
+// task starts one in the namespace.
+func (n *named) task() (pid string, end func()) {
+	n.t.Helper()
+	c := exec.Command("nsenter", "--net="+netlock.NamedDir+"/"+n.name, "sleep", "600")
+	if err := c.Start(); err != nil {
+		n.t.Fatal(err)
+	}
+	end = sync.OnceFunc(func() { _ = c.Process.Kill(); _ = c.Wait() })
+	n.t.Cleanup(end)
+	pid = strconv.Itoa(c.Process.Pid)
+	eventually(n.t, "a task inside", func() bool { return netnsOf(n.t, pid) == n.ino })
+	return pid, end
+}
+
+// gone waits until the kernel has destroyed the namespace, and its devices with it.
+func (n *named) gone() {
+	n.t.Helper()
+	eventually(n.t, "without the namespace", func() bool {
+		out, err := n.other.TryRun("", "ip", "-o", "link")
+		return err == nil && !strings.Contains(out, "outside")
+	})
+}
+
+// A holder by hand stays while anybody else keeps the namespace, by its name or as a task in it,
+// and no longer: it would never go away, and nobody could find it.
+func TestHoldNamespaceDeleted(t *testing.T) {
+	n := newNamed(t)
+	run(t, "lock", "--netns", n.name, "--mode", "hold").want(t, 0, "holding")
+	stays := func(why string) {
+		t.Helper()
+		time.Sleep(2500 * time.Millisecond) // it looks every second, and goes after the second look
+		if len(holdersIn(t, n.ino)) != 1 {
+			t.Fatalf("nobody holds a namespace that has %s", why)
+		}
+	}
+	stays("a name")
+	_, end := n.task()
+	n.ip("netns", "del", n.name)
+	stays("a task")
+	end()
+	n.gone()
+	if pids := holdersIn(t, n.ino); len(pids) != 0 {
+		t.Errorf("still held by %v", pids)
+	}
+	if names, _ := filepath.Glob(fmt.Sprintf("%s/hold-%d-*", guard.Dir, n.ino)); names != nil {
+		t.Errorf("left behind: %q", names)
+	}
+}
+
+// The same with a guard whose CRIU is gone, and the task with it.
+func TestHoldNamespaceDeletedUnderAGuard(t *testing.T) {
+	n, c := newNamed(t), newCRIU(t, holdConfig(t, "hold"))
+	pid, end := n.task()
+	if log := c.ok(t, pid, "pre-dump", "network-lock"); !strings.Contains(log, "mode=hold") {
+		t.Errorf("network-lock: %s", log)
+	}
+	c.ok(t, pid, "post-dump")
+	n.ip("netns", "del", n.name)
+	end()
+	c.kill()
+	n.gone()
+	eventually(t, "without a guard", func() bool { return len(guards(t, c.Process.Pid)) == 0 })
 }
 
 // holders are the pids of the processes that hold for a lock by hand.

@@ -29,6 +29,8 @@ type Holder struct {
 	// Dir is for tests; empty means the Dir of the package.
 	Dir string
 
+	answering sync.Mutex // while somebody else's question is answered
+
 	mu      sync.Mutex
 	serving map[uint64]*server // where others ask, by the namespace's inode
 }
@@ -128,6 +130,8 @@ func (h *Holder) serve(ns *netlock.Namespace, num uint16) error {
 		defer own.Close()
 		s.accept(func(c *net.UnixConn) { // one after the other
 			defer c.Close()
+			h.answering.Lock()
+			defer h.answering.Unlock()
 			h.answer(c, own, num)
 		})
 	}()

@@ -57,7 +57,8 @@ func StartHolder(exe string, ns *netlock.Namespace, q *nfnl.Queue, wait time.Dur
 	return nil
 }
 
-// RunHolder is the life of a holder: it ends when the lock is gone, or holds no more.
+// RunHolder is the life of a holder: it ends when the lock is gone, or holds no more, and when
+// nobody else is left who keeps the namespace alive: it would never go away.
 func RunHolder(args []string, h *Holder, l Locker) error {
 	bad := errors.New("criu-netlock lock starts this, nobody else")
 	if len(args) != 1 {
@@ -80,18 +81,43 @@ func RunHolder(args []string, h *Holder, l Locker) error {
 	}
 	_, err = unix.Write(fdHolderReady, []byte{1})
 	unix.Close(fdHolderReady)
-	for err == nil && h.Queue(ns) != nil {
+	others, alone := keepers{ns: ns}, 0
+	for n := 1; err == nil && h.holding(ns); n++ {
 		time.Sleep(holderPoll)
 		err = holds(ns, l, num)
+		if n%lookEvery != 0 {
+			continue
+		}
+		// One look takes its time, and who comes late may be passed over.
+		if alone++; others.any() {
+			alone = 0
+		}
+		if err == nil && alone > 1 {
+			err = errAlone
+		}
 	}
+	h.answering.Lock() // who unlocks gets all that is held, and nobody begins any more
 	h.Drop(ns)
 	return err
+}
+
+// holding tells whether the queue is still ours, once nobody is being answered.
+func (h *Holder) holding(ns *netlock.Namespace) bool {
+	h.answering.Lock()
+	defer h.answering.Unlock()
+	return h.Queue(ns) != nil
 }
 
 // holderPoll is how soon a holder notices that its lock has gone without its help.
 const holderPoll = 250 * time.Millisecond
 
-var errNoLock = errors.New("the lock is gone")
+// lookEvery is how many of these pass from one look for who else keeps the namespace to the next.
+const lookEvery = 4
+
+var (
+	errNoLock = errors.New("the lock is gone")
+	errAlone  = errors.New("nobody else keeps the namespace")
+)
 
 func holds(ns *netlock.Namespace, l Locker, num int) error {
 	ctx, cancel := context.WithTimeout(context.Background(), unlockTime)
