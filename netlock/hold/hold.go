@@ -46,6 +46,8 @@ type Holder struct {
 
 	mu    sync.Mutex
 	holds map[uint64]*held // by the namespace's inode
+	// looked are the queues that Look has found, likewise.
+	looked map[uint64]spans
 }
 
 var (
@@ -127,16 +129,44 @@ func (k *held) stop() {
 	unix.Close(k.stopFD)
 }
 
-// Bind takes a queue of the namespace.
+// Look is for who has time for it before the container is frozen: which queues the rules of the
+// namespace name Bind then need not find out. What has changed by then it does not see.
+func (h *Holder) Look(ctx context.Context, ns *netlock.Namespace) error {
+	var theirs spans
+	err := ns.Do(func() error {
+		theirs = named(ctx)
+		return ctx.Err()
+	})
+	if err != nil {
+		return failure("look for queues", ns, err)
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.looked == nil {
+		h.looked = map[uint64]spans{}
+	}
+	h.looked[ns.Inode()] = theirs
+	return nil
+}
+
+// Bind takes a queue of the namespace that nobody listens on, and that no rule of somebody else's
+// names as far as lookTime, or Look, sufficed to tell.
 func (h *Holder) Bind(ctx context.Context, ns *netlock.Namespace) (num uint16, fresh bool, err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if k := h.holds[ns.Inode()]; k != nil {
 		return k.Number(), false, nil
 	}
+	theirs, looked := h.looked[ns.Inode()]
+	delete(h.looked, ns.Inode())
 	var q *nfnl.Queue
 	err = ns.Do(func() error {
-		q, err = bind(ctx, h.packets())
+		if !looked {
+			looking, cancel := context.WithTimeout(ctx, lookTime)
+			defer cancel()
+			theirs = named(looking)
+		}
+		q, err = bind(ctx, h.packets(), theirs)
 		return err
 	})
 	if err != nil {
@@ -145,9 +175,13 @@ func (h *Holder) Bind(ctx context.Context, ns *netlock.Namespace) (num uint16, f
 	return q.Number(), true, h.add(ns, &held{Queue: q, limit: h.packets()})
 }
 
-// bind takes the first queue that is free.
-func bind(ctx context.Context, packets uint32) (q *nfnl.Queue, err error) {
+// bind takes the first queue that is free and not theirs.
+func bind(ctx context.Context, packets uint32, theirs spans) (q *nfnl.Queue, err error) {
 	for num := uint16(firstQueue); num < firstQueue+queues; num++ {
+		if theirs.has(num) {
+			err = nfnl.ErrQueueTaken
+			continue
+		}
 		if _, there, e := nfnl.ReadQueue(num); e != nil || there {
 			err = errors.Join(e, nfnl.ErrQueueTaken)
 			continue

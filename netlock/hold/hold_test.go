@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -590,6 +591,55 @@ func TestOtherQueue(t *testing.T) {
 			t.Fatal(err)
 		}
 		f.expect(first, 15)
+	})
+}
+
+// A queue that somebody else's rule names is theirs, though nobody listens there just now; one of
+// our own rules is ours.
+func TestNamedQueue(t *testing.T) {
+	ways := map[string][]string{
+		"ip6tables-legacy": {"ip6tables-legacy", "-t", "mangle", "-A", "FORWARD", "-j", "NFQUEUE", "--queue-num", "49428"},
+	}
+	for _, tool := range []string{"iptables-legacy", "iptables-nft"} {
+		ways[tool] = []string{tool, "-A", "FORWARD", "-p", "udp", "-j", "NFQUEUE", "--queue-num", "49428", "--queue-bypass"}
+		ways[tool+", several"] = []string{tool, "-t", "mangle", "-A", "OUTPUT", "-j", "NFQUEUE", "--queue-balance", "49000:49428"}
+	}
+	for name, args := range ways {
+		t.Run(name, func(t *testing.T) {
+			each(t, bounds{}, func(t *testing.T, l *lab) {
+				l.Inside.Run("", args[0], args[1:]...)
+				l.lock()
+				if n := l.state().Queue.Number; n != 49429 {
+					t.Errorf("queue %d", n)
+				}
+				if st := l.unlock(); !st.Intact {
+					t.Errorf("unlocked: %+v", st)
+				}
+				// Who has looked before knows, and does not look again but for the next lock.
+				if err := l.h.Look(t.Context(), l.Inside.Netns()); err != nil {
+					t.Fatal(err)
+				}
+				l.Inside.Run("", args[0], slices.Replace(slices.Clone(args[1:]), slices.Index(args, "-A")-1, slices.Index(args, "-A"), "-D")...)
+				for _, want := range []uint16{49429, 49428} {
+					l.lock()
+					if n := l.state().Queue.Number; n != want {
+						t.Errorf("queue %d, not %d, after a look", n, want)
+					}
+					l.unlock()
+				}
+			})
+		})
+	}
+	t.Run("ours", func(t *testing.T) {
+		each(t, bounds{}, func(t *testing.T, l *lab) {
+			l.lock()
+			l.h.Drop(l.Inside.Netns())
+			l.lock()
+			if st := l.state(); st.Queue.Number != 49428 || !st.Queue.Bound || !st.Intact {
+				t.Errorf("locked again: %+v", st)
+			}
+			l.unlock()
+		})
 	})
 }
 

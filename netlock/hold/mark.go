@@ -5,7 +5,7 @@ package hold
 import (
 	"bytes"
 	"context"
-	"os"
+	"slices"
 	"strings"
 	"unsafe"
 
@@ -56,38 +56,42 @@ const (
 	maxEntries      = 64 << 20
 )
 
-// legacyLocked looks for the chain CRIU in the legacy table filter, if the namespace has
-// one: to ask for a table that is not there would make it.
+// legacyLocked looks for the chain CRIU in the legacy table filter, if the namespace has one.
 func legacyLocked() bool {
-	names, err := os.ReadFile("/proc/thread-self/net/ip_tables_names")
-	if err != nil || !bytes.Contains(append([]byte("\n"), names...), []byte("\nfilter\n")) {
-		return false
-	}
-	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
+	f := legacyFamilies[0]
+	// A chain begins with the target ERROR, whose data are its name.
+	return slices.Contains(f.tables(), "filter") && bytes.Contains(f.entries("filter", maxEntries), []byte("\x00CRIU\x00"))
+}
+
+// entries are those of a table that is there; none if it cannot be read, or is larger than most.
+func (f legacyFamily) entries(table string, most uint32) []byte {
+	fd, err := unix.Socket(f.domain, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
 	if err != nil {
-		return false
+		return nil
 	}
 	defer unix.Close(fd)
 	info := make([]byte, iptGetInfo)
-	copy(info, "filter")
-	if getsockopt(fd, iptSoGetInfo, info) != nil {
-		return false
+	copy(info[:xtTableName-1], table)
+	if f.getsockopt(fd, iptSoGetInfo, info) != nil {
+		return nil
 	}
 	size := *(*uint32)(unsafe.Pointer(&info[iptGetInfo-4]))
-	if size > maxEntries {
-		return false
+	if size > most {
+		return nil
 	}
 	// struct ipt_get_entries: the name, the size, and the entries, which are aligned.
-	entries := make([]byte, xtTableName+8+int(size))
-	copy(entries, "filter")
-	*(*uint32)(unsafe.Pointer(&entries[xtTableName])) = size
-	// A chain begins with the target ERROR, whose data are its name.
-	return getsockopt(fd, iptSoGetEntries, entries) == nil && bytes.Contains(entries, []byte("\x00CRIU\x00"))
+	b := make([]byte, xtTableName+8+int(size))
+	copy(b[:xtTableName-1], table)
+	*(*uint32)(unsafe.Pointer(&b[xtTableName])) = size
+	if f.getsockopt(fd, iptSoGetEntries, b) != nil {
+		return nil
+	}
+	return b[xtTableName+8:]
 }
 
-func getsockopt(fd, name int, b []byte) error {
+func (f legacyFamily) getsockopt(fd, name int, b []byte) error {
 	size := uint32(len(b))
-	_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), unix.IPPROTO_IP, uintptr(name),
+	_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), uintptr(f.level), uintptr(name),
 		uintptr(unsafe.Pointer(&b[0])), uintptr(unsafe.Pointer(&size)), 0)
 	if errno != 0 {
 		return errno
