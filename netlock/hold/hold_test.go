@@ -864,7 +864,7 @@ func TestMany(t *testing.T) {
 		}
 		f.expect(1, n)
 		t.Logf("%d held: %d bytes of memory each, delivered in %v", n, used/n, took)
-		if used > n*8192 || took > 2*time.Second {
+		if used > n*2048 || took > 2*time.Second {
 			t.Errorf("%d bytes of memory, %v", used, took)
 		}
 	})
