@@ -470,6 +470,47 @@ func TestBounds(t *testing.T) {
 			}
 		}
 	})
+	// Whoever takes the queue over does not know how long those in it are.
+	t.Run("adopted", func(t *testing.T) {
+		const bound, size, sent = 65536, 1000, 30
+		first, second := &hold.Holder{Bytes: bound}, &hold.Holder{Bytes: bound}
+		l := newLab(t, "nft", first)
+		t.Cleanup(second.Close)
+		f := l.flow("udp4", netlocktest.InsideV4, 4<<20)
+		l.lock()
+		send := func() {
+			t.Helper()
+			if _, err := f.out.Write(make([]byte, size)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for range sent {
+			send()
+		}
+		l.waitHeld(sent)
+		q := first.Queue(l.Inside.Netns())
+		fd, err := unix.FcntlInt(uintptr(q.FD()), unix.F_DUPFD_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		num := q.Number()
+		first.Drop(l.Inside.Netns())
+		if err := second.Adopt(l.Inside.Netns(), nfnl.InheritQueue(fd, num)); err != nil {
+			t.Fatal(err)
+		}
+		l.o.Holder = second
+		const least = sent + (bound-sent*1500)/(size+28)
+		err = netlocktest.Until(func() (bool, error) {
+			send()
+			return l.state().Queue.Held >= least, nil
+		})
+		for range 100 {
+			send()
+		}
+		if st := l.unlock(); err != nil || st.Queue.Delivered > bound/(size+28)+1 {
+			t.Errorf("unlocked: %+v, %v", st, err)
+		}
+	})
 	// As small ones come, more of them are let in than would fit if they were long.
 	t.Run("small", func(t *testing.T) {
 		const bound, packets = 1 << 20, 4000
