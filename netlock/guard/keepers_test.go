@@ -19,7 +19,7 @@ import (
 func TestKeepers(t *testing.T) {
 	netlocktest.Need(t, "nsenter", "unshare", "mount")
 	if !seesAll() {
-		t.Skip("not all processes of this machine can be seen")
+		netlocktest.CannotRun(t, "not all processes of this machine can be seen")
 	}
 	pid, kill := netlocktest.NewTask(t)
 	ns, err := netlock.FromPID(pid)
