@@ -197,6 +197,9 @@ func runGuard(args []string) int {
 		}
 		ctx, cancel := context.WithTimeout(context.Background(), cfg.Timeout)
 		defer cancel()
+		if cfg.Mode != config.Drop {
+			_ = holder.Look(ctx, c.NS) // Bind looks where this could not
+		}
 		if ns, err := netlock.NewThrowaway(); err == nil {
 			for range 2 { // the second time it reads what is there, as an unlock does
 				_, _ = l.Lock(ctx, ns) // for speed alone

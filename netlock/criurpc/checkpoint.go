@@ -128,6 +128,9 @@ func (c *Checkpoint) Handle(ctx context.Context, name action.Name, pid int) (act
 		if err == nil && (op == action.CheckTask || op == action.CheckHost) {
 			c.warmUp(ctx)
 		}
+		if l, ok := c.locker.Options.Holder.(looker); ok && err == nil && op == action.CheckTask && c.locker.Options.Mode == netlock.Hold && c.ns != nil {
+			_ = l.Look(ctx, c.ns) // Bind looks where this could not
+		}
 		c.learn(op, name, d.rep, err)
 		if err == nil {
 			d.unguarded = c.guardFrom(name, d.rep)
@@ -139,6 +142,11 @@ func (c *Checkpoint) Handle(ctx context.Context, name action.Name, pid int) (act
 		c.o.Log(Entry{Event: d.ev, Report: d.rep, Err: err, Took: time.Since(start), Unguarded: d.unguarded})
 	}
 	return d.rep, err
+}
+
+// looker is a Holder that can look before the freeze for what it must know to bind.
+type looker interface {
+	Look(ctx context.Context, ns *netlock.Namespace) error
 }
 
 // prepare completes an event by what is known of the checkpoint.
@@ -327,7 +335,7 @@ func (c *Checkpoint) step(ctx context.Context, name action.Name, pid int, theirs
 // connection. What CRIU could not unlock is unlocked now, if the tasks live on. It
 // returns err and what went wrong beside it. A second call returns err.
 func (c *Checkpoint) End(err error) error {
-	_, e := within(context.Background(), c, time.Now(), "end of the "+string(c.phase), func(ctx context.Context) (struct{}, error) {
+	_, e := within(context.Background(), c, time.Now(), string(EndOf(c.phase)), func(ctx context.Context) (struct{}, error) {
 		if c.over {
 			return struct{}{}, nil
 		}
@@ -337,8 +345,17 @@ func (c *Checkpoint) End(err error) error {
 		switch {
 		case !c.open:
 		case c.toUnlock(ctx, err):
-			if _, c.failed = c.o.Locker.Unlock(ctx, c.ns); c.failed != nil && netlock.KindOf(c.failed) != netlock.KindTampered {
+			start := time.Now()
+			var st netlock.State
+			if st, c.failed = c.o.Locker.Unlock(ctx, c.ns); c.failed != nil && netlock.KindOf(c.failed) != netlock.KindTampered {
 				word = guard.Unpaid
+			}
+			if c.o.Log != nil && (st.Found || c.failed != nil) {
+				rep := action.Report{Netns: c.ns.Inode(), Backend: st.Backend, Mode: st.Mode, Queue: st.Queue, NotDelivered: st.NotDelivered, Loud: true}
+				if st.Found {
+					rep.Result = "unlocked"
+				}
+				c.o.Log(Entry{Event: action.Event{Action: EndOf(c.phase), PID: c.pid}, Report: rep, Err: c.failed, Took: time.Since(start)})
 			}
 		default:
 			c.failed = c.giveUp(ctx)
@@ -347,6 +364,9 @@ func (c *Checkpoint) End(err error) error {
 	})
 	return errors.Join(err, e)
 }
+
+// EndOf is the Action of the Entry that tells of an unlock by End.
+func EndOf(phase guard.Phase) action.Name { return action.Name("end of the " + string(phase)) }
 
 // giveUp makes a lock of mode hold one of mode drop: nobody is left to deliver to.
 func (c *Checkpoint) giveUp(ctx context.Context) error {

@@ -28,6 +28,7 @@ type fake struct {
 	calls  []string
 	err    map[string]error
 	block  chan struct{} // if set, Lock waits for its end, whatever its context says
+	log    func(Entry)
 }
 
 func newFake() *fake { return &fake{locked: map[uint64]netlock.Caller{}, err: map[string]error{}} }
@@ -92,7 +93,7 @@ func (f *fake) state(ns *netlock.Namespace) (netlock.State, error) {
 }
 
 func (f *fake) options() Options {
-	return Options{Locker: netlock.New(f), Timeout: 10 * time.Second, Guard: NoGuard}
+	return Options{Locker: netlock.New(f), Timeout: 10 * time.Second, Guard: NoGuard, Log: f.log}
 }
 
 // sleeper is a task in a network namespace of its own.

@@ -111,7 +111,8 @@ type Options struct {
 	Log func(Entry)
 }
 
-// Entry is one notification, for a log.
+// Entry is one notification, or, with EndOf's Action, what End has unlocked in CRIU's place, for a
+// log.
 type Entry struct {
 	Event  action.Event
 	Report action.Report

@@ -56,8 +56,8 @@ type relay struct {
 
 var errClientGone = errors.New("the client has closed its connection")
 
-// Run passes messages on until CRIU has gone. When the client goes first, CRIU is told so
-// and waited for.
+// Run passes messages on until CRIU has gone, or ctx is done, which is no different. When the
+// client goes first, CRIU is told so and waited for.
 func (p Proxy) Run(ctx context.Context) (err error) {
 	r := &relay{Proxy: p, cause: errors.New("CRIU has closed the connection without an answer")}
 	if r.client, err = newConn(p.Client); err != nil {
@@ -81,6 +81,9 @@ func (p Proxy) Run(ctx context.Context) (err error) {
 	for r.fromCRIU(ctx) {
 	}
 	waitExit(ctx, r.CRIUPID)
+	if ctx.Err() != nil {
+		r.cause = context.Cause(ctx)
+	}
 	err = r.end(r.cause)
 	_ = r.client.close()
 	r.turn.Unlock() // fromCRIU has left it to us
@@ -138,6 +141,7 @@ func (r *relay) end(err error) error {
 	}
 	c := r.c
 	r.c, r.pending = nil, ""
+	defer r.log.say()
 	r.log.say()
 	return c.End(err)
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -137,6 +138,33 @@ func TestProxy(t *testing.T) {
 }
 
 // Every way in which a dump through the proxy can fail leaves the task unlocked.
+// A context that ends ends it, whoever is silent, and leaves no lock; and the log has what was
+// unlocked in CRIU's place.
+func TestProxyEnded(t *testing.T) {
+	task, f := newSleeper(t), newFake()
+	var said []string
+	f.log = func(e Entry) { said = append(said, string(e.Event.Action)+": "+e.Report.Result) }
+	ctx, cancel := context.WithCancelCause(bg)
+	x := newProxied(t, ctx, f)
+	x.ask(dumpRequest(task.pid(), false))
+	x.criu.request()
+	x.criu.notify("network-lock", 0)
+	if !f.is(task.ino) {
+		t.Fatal("not locked")
+	}
+	why := errors.New("enough")
+	cancel(why)
+	if err := <-x.done; !errors.Is(err, why) {
+		t.Errorf("ended with %v", err)
+	}
+	if f.is(task.ino) {
+		t.Error("still locked")
+	}
+	if want := []string{"network-lock: locked", "end of the dump: unlocked"}; !slices.Equal(said, want) {
+		t.Errorf("the log has %q, want %q", said, want)
+	}
+}
+
 func TestProxyFails(t *testing.T) {
 	for name, c := range map[string]struct {
 		wants bool

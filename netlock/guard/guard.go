@@ -381,13 +381,16 @@ func (g *Guard) once() (verdict, error) {
 
 // unlock unlocks and says what it has done.
 func (g *Guard) unlock(ctx context.Context, format string, args ...any) error {
-	_, err := g.Locker.Unlock(ctx, g.NS)
+	st, err := g.Locker.Unlock(ctx, g.NS)
 	if err != nil && netlock.KindOf(err) != netlock.KindTampered {
 		return err
 	}
 	said := ""
 	if err != nil {
 		said = "; " + err.Error()
+	}
+	if w := st.HoldWarning(); w != "" {
+		said += "; " + w
 	}
 	g.Log(format+"%s", append(args, said)...)
 	return nil
