@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"testing"
@@ -595,4 +596,33 @@ func TestUnits(t *testing.T) {
 			t.Errorf("%s: %v", u, r)
 		}
 	}
+}
+
+// The service has the capabilities that it needs: gc finds a stale lock with them, and they do
+// for taking it off.
+func TestUnitsCapabilities(t *testing.T) {
+	netlocktest.Need(t, "setpriv")
+	b, err := os.ReadFile("../../packaging/criu-netlock-gc.service")
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := regexp.MustCompile(`(?m)^CapabilityBoundingSet=(.*)$`).FindStringSubmatch(string(b))
+	if m == nil {
+		t.Fatal("it has all")
+	}
+	bound := "-all"
+	for _, name := range strings.Fields(m[1]) {
+		bound += ",+" + strings.ToLower(strings.TrimPrefix(name, "CAP_"))
+	}
+	conf := config.EnvPath + "=" + file(t, "netlock.toml", "guard = false\n")
+	s, c := newSpace(t), newCRIU(t, conf)
+	c.ok(t, s.pid, "network-lock")
+	c.kill()
+	as := []string{"setpriv", "--bounding-set", bound, "--no-new-privs", program}
+	r := execute(t, nil, append(as, "gc", "--dry-run")...) // of every namespace of this host
+	if _, of, ok := strings.Cut(r.stdout, fmt.Sprintf("(pid %s ", s.pid)); !ok || !strings.Contains(strings.SplitN(of, "\n", 2)[0], "stale, would be unlocked") {
+		t.Error(r)
+	}
+	execute(t, nil, append(as, "unlock", "--pid", s.pid)...).want(t, 0, "unlocked")
+	s.wantLocked(t, false)
 }

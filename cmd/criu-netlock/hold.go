@@ -46,12 +46,43 @@ func words(pid int) []string {
 // leavesRunning tells whether the tasks go on after the dump, as far as the command lines
 // say: CRIU's own or, where CRIU is driven by RPC, that of the runtime that started it.
 func leavesRunning(criu int) bool {
-	const flag = "--leave-running"
 	w := words(criu)
-	if len(w) > 1 && w[1] != "swrk" {
-		return slices.Contains(w, flag) || slices.Contains(w, "-R")
+	if slices.Contains(w, "swrk") {
+		return runtimeLeavesRunning(words(netlock.ParentOf(criu)))
 	}
-	return slices.Contains(words(netlock.ParentOf(criu)), flag)
+	return criuLeavesRunning(w)
+}
+
+func runtimeLeavesRunning(w []string) bool {
+	return slices.Contains(w, "--leave-running") || slices.Contains(w, "--leave-running=true")
+}
+
+// criuLeavesRunning looks for -R and --leave-running among CRIU's options, as getopt_long does:
+// short ones in one word, long ones cut short.
+func criuLeavesRunning(w []string) bool {
+	const withArg, mayHaveArg = "tDorJWLM", "vx"
+	for i := 1; i < len(w) && w[i] != "--"; i++ {
+		switch word := w[i]; {
+		case strings.HasPrefix(word, "--"):
+			if len(word) >= len("--leave-r") && strings.HasPrefix("--leave-running", word) {
+				return true
+			}
+		case strings.HasPrefix(word, "-"):
+			for k, c := range word[1:] {
+				if c == 'R' {
+					return true
+				}
+				last := k == len(word)-2
+				if strings.ContainsRune(withArg, c) && last {
+					i++ // the next word is its argument
+				}
+				if strings.ContainsRune(withArg+mayHaveArg, c) {
+					break // the rest is
+				}
+			}
+		}
+	}
+	return false
 }
 
 // dumpsRules tells whether CRIU puts the namespace's rules into the image, as far as its

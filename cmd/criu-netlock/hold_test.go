@@ -276,6 +276,40 @@ func TestModeOf(t *testing.T) {
 	}
 }
 
+func TestLeavesRunning(t *testing.T) {
+	for line, want := range map[string]bool{
+		"criu dump -t 1 --leave-running":   true,
+		"criu dump -R -t 1":                true,
+		"criu dump -v4R -t 1":              false, // of v's argument
+		"criu dump -jR -t 1":               true,
+		"criu dump -t1R":                   false,
+		"criu dump -t 1 -Rv4":              true,
+		"criu dump --leave-run -t 1":       true,
+		"criu dump --leave-r":              true,
+		"criu dump --leave-":               false,
+		"criu dump --leave-stopped -t 1":   false,
+		"criu dump --leave-running-on":     false,
+		"criu dump -D -R -t 1":             false, // the folder's name
+		"criu dump -vD -R -R":              true,  // v's argument is D
+		"criu dump -o R -t 1":              false,
+		"criu dump -t 1 -- -R":             false,
+		"criu --leave-running dump -t 1":   true,
+		"criu restore -d -D R --shell-job": false,
+		"":                                 false,
+	} {
+		if got := criuLeavesRunning(strings.Fields(line)); got != want {
+			t.Errorf("%s: leaves running %v", line, got)
+		}
+	}
+	for line, want := range map[string]bool{
+		"runc checkpoint --leave-running x": true, "runc checkpoint --leave-running=true x": true, "runc checkpoint --leave-running=false x": false, "runc checkpoint x": false,
+	} {
+		if got := runtimeLeavesRunning(strings.Fields(line)); got != want {
+			t.Errorf("%s: leaves running %v", line, got)
+		}
+	}
+}
+
 // By hand: a process of its own holds until the unlock.
 func TestHoldByHand(t *testing.T) {
 	l := newLine(t)
