@@ -733,7 +733,7 @@ func TestAnotherUser(t *testing.T) {
 			}
 			b := make([]byte, 100)
 			if n, err := unix.Read(fd, b); n > 0 || err != nil && err != unix.ECONNRESET {
-				return fmt.Errorf("answered with %q, %v", b[:max(n, 0)], err)
+				return errors.Join(fmt.Errorf("answered with %q", b[:max(n, 0)]), err)
 			}
 			return nil
 		}()
