@@ -33,10 +33,12 @@ const (
 )
 
 // How long a probe waits where it must be blocked, and where it must pass: then it
-// comes at once, but a connection that was locked first has to retransmit.
+// comes at once, but a connection that was locked first has to retransmit, and what is sent to a
+// neighbour that could not be found under the rules before is lost: it is sent again.
 const (
 	blockedWait = 250 * time.Millisecond
-	openWait    = 10 * time.Second
+	againTime   = time.Second
+	openWait    = 30 * time.Second
 )
 
 const (
@@ -388,11 +390,19 @@ func (tr *Traffic) packet(from *NS, kind, addr string, mark int, sinkName string
 			return err.Error()
 		}
 		defer c.Close()
-		// EPERM is how a drop at the output hook looks to the sender.
-		if _, err := c.Write(b); err != nil && !errors.Is(err, unix.EPERM) {
-			return err.Error()
+		for {
+			// EPERM is how a drop at the output hook looks to the sender, EHOSTUNREACH what became of
+			// the one before.
+			if _, err := c.Write(b); err != nil && !errors.Is(err, unix.EPERM) && !errors.Is(err, unix.EHOSTUNREACH) {
+				return err.Error()
+			}
+			again, cancel := context.WithTimeout(ctx, againTime)
+			got := tr.in[sinkName].wait(again, token)
+			cancel()
+			if got != Blocked || ctx.Err() != nil {
+				return got
+			}
 		}
-		return tr.in[sinkName].wait(ctx, token)
 	}
 }
 
