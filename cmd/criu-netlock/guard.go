@@ -67,6 +67,16 @@ func startGuard(ev action.Event, rep action.Report, by *criu, holder *guard.Hold
 	return err
 }
 
+// leaves tells whether a hook without its guard leaves its unlock to another checkpoint.
+func leaves(ev action.Event, ns *netlock.Namespace) bool {
+	by, err := findCRIU(ev)
+	if err != nil || by == nil {
+		return false
+	}
+	defer by.close()
+	return guard.LocksElsewhere(ns.Inode(), by.pid)
+}
+
 // oweUnlock leaves an unlock that has failed to the guard: nobody calls for it again.
 func oweUnlock(ev action.Event, rep action.Report) {
 	by, err := findCRIU(ev)
@@ -171,7 +181,7 @@ func runGuard(args []string) int {
 		Deadline: cfg.GuardTimeout,
 		Log:      log,
 		Hook: func(r guard.Request) guard.Answer {
-			h := hookCall{start: time.Now(), locker: locker, guard: os.Getpid(), open: opener(c), phase: c.Phase, holder: holder, kernel: kernel, lookup: func(key string) (string, bool) {
+			h := hookCall{start: time.Now(), locker: locker, guard: os.Getpid(), open: opener(c), leave: r.Leave, phase: c.Phase, holder: holder, kernel: kernel, lookup: func(key string) (string, bool) {
 				v := map[string]string{
 					action.EnvAction: r.Action, action.EnvInitPID: r.PID, action.EnvImageDir: r.ImageDir, config.EnvPath: r.Config,
 				}[key]

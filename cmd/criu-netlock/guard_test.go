@@ -273,6 +273,54 @@ func TestGuardOfAScriptThatRunsTwice(t *testing.T) {
 	eventually(t, "unlocked, as before the restore", func() bool { return !s.isLocked(t) })
 }
 
+// Containers of a pod share a namespace. Whoever of two checkpoints ends first leaves the lock to
+// the other one, also where a hook does its work itself.
+func TestCheckpointsOfAPod(t *testing.T) {
+	for _, way := range []string{"guards", "the first without its guard", "a dump and a restore"} {
+		t.Run(way, func(t *testing.T) {
+			s := newSpace(t)
+			before := s.rules(t)
+			sibling := exec.Command("nsenter", "-t", s.pid, "-n", "sleep", "600")
+			if err := sibling.Start(); err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { _ = sibling.Process.Kill(); _ = sibling.Wait() })
+			other := strconv.Itoa(sibling.Process.Pid)
+			eventually(t, "in the namespace", func() bool { return netnsOf(t, other) == netnsOf(t, s.pid) })
+			a, b := newCRIU(t), newCRIU(t)
+			a.ok(t, s.pid, "pre-dump", "network-lock")
+			end := []string{"network-unlock"}
+			if way == "a dump and a restore" {
+				b.ok(t, other, "setup-namespaces", "post-setup-namespaces", "post-restore")
+				end = append(end, "post-resume")
+			} else {
+				b.ok(t, other, "pre-dump", "network-lock")
+			}
+			b.guard(t)
+			if way == "the first without its guard" {
+				g := a.guard(t)
+				if err := unix.Kill(g, unix.SIGKILL); err != nil {
+					t.Fatal(err)
+				}
+				eventually(t, "dead", func() bool { return allIn(g, "ZX") })
+			}
+			if log := a.ok(t, s.pid, "network-unlock"); !strings.Contains(log, `result="left to another checkpoint"`) {
+				t.Errorf("the first: %s", log)
+			}
+			eventually(t, "without the first's guard", func() bool { return len(guards(t, a.Process.Pid)) == 0 })
+			run(t, "status", "--pid", s.pid, "--json").want(t, 0, `"intact": true`)
+			run(t, "list").want(t, 0)
+			if log := b.ok(t, other, end[0]); !strings.Contains(log, "result=unlocked") {
+				t.Errorf("the second: %s", log)
+			}
+			b.ok(t, other, end[1:]...)
+			if after := s.rules(t); after != before {
+				t.Errorf("this is left:\n%s", after)
+			}
+		})
+	}
+}
+
 func TestGuardOff(t *testing.T) {
 	s := newSpace(t)
 	file := filepath.Join(t.TempDir(), "netlock.toml")

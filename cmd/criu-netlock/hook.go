@@ -36,8 +36,9 @@ type hookCall struct {
 	// guard is the pid of the guard that works for the hook; 0 in the hook's own process.
 	guard int
 	criu  netlock.Caller // the guard knows it
-	// open, phase, holder and kernel are the guard's.
+	// open, leave, phase, holder and kernel are the guard's.
 	open   func(pid int) (ns *netlock.Namespace, release func(), err error)
+	leave  bool
 	phase  guard.Phase
 	holder *guard.Holder
 	kernel *nft.Kernel
@@ -77,7 +78,10 @@ func (h *hookCall) run() (code int, line string) {
 				l := h.locker(cfg, ev.Caller)
 				l.Options.Terse = true
 				notHeld := h.hold(l, cfg, ev, by)
-				a := action.Handler{Locker: l, Open: h.open, Trial: func(ctx context.Context) (netlock.Result, error) { return netlock.Trial(ctx, l) }}
+				a := action.Handler{
+					Locker: l, Open: h.open, Trial: func(ctx context.Context) (netlock.Result, error) { return netlock.Trial(ctx, l) },
+					Leave: func(ns *netlock.Namespace) bool { return h.leave || h.guard == 0 && leaves(ev, ns) },
+				}
 				a.Found = func(was bool) {
 					l.Options.Caller.Fallback = guard.Policy(cfg.OnFailedRestore).Fallback(was)
 				}

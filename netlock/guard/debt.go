@@ -22,8 +22,10 @@ type Watch int
 
 // What a guard is at. Of several in one namespace the least counts.
 const (
+	// Locks: its checkpoint has locked, and not unlocked yet.
+	Locks Watch = 1 + iota
 	// Watches: it waits for CRIU.
-	Watches Watch = 1 + iota
+	Watches
 	// Owes: an unlock has failed, and is tried again.
 	Owes
 	// GaveUp: it was, until the deadline.
@@ -62,12 +64,16 @@ func (d *debt) get() Watch {
 	return d.at
 }
 
+// unlocks tells whether the hook ends the checkpoint's need of a lock.
+func (r Request) unlocks() bool { return r.Action == "network-unlock" || r.Action == "post-resume" }
+
 // after looks at what became of a hook's work.
 func (g *Guard) after(r Request, code int) {
 	switch {
-	case r.Action != "network-unlock" && r.Action != "post-resume":
+	case r.Action == "pre-dump":
+	case !r.unlocks():
 		if code == 0 {
-			g.debt.set(Watches) // a lock is wanted again
+			g.debt.set(Locks) // and if an unlock was owed, a lock is wanted again
 		}
 	case code == 0, code == netlock.ExitCode(&netlock.Error{Kind: netlock.KindTampered}):
 		g.debt.set(Watches)
@@ -86,7 +92,11 @@ func (g *Guard) pay() error {
 		return err
 	}
 	defer t.done()
-	if g.debt.get() == Watches {
+	if g.debt.get() <= Watches {
+		return errNotOwed
+	}
+	if g.locksElsewhere() {
+		g.debt.set(Watches)
 		return errNotOwed
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), unlockTime)
@@ -141,7 +151,7 @@ func Alive() map[uint64]Watch {
 		if err != nil || !alive(path) {
 			continue
 		}
-		w := watchOf(path)
+		w := watchOf(path, fresh)
 		if had, ok := out[ino]; !ok || w < had {
 			out[ino] = w
 		}
@@ -149,26 +159,48 @@ func Alive() map[uint64]Watch {
 	return out
 }
 
-func watchOf(path string) Watch {
-	answer, err := ask(path, Request{Action: askWatch})
-	if w, e := strconv.Atoi(strings.TrimPrefix(answer, "000 ")); err == nil && e == nil && Watch(w) > Watches && Watch(w) <= GaveUp {
+func watchOf(path string, wait time.Duration) Watch {
+	answer, err := ask(path, wait, Request{Action: askWatch})
+	if w, e := strconv.Atoi(strings.TrimPrefix(answer, "000 ")); err == nil && e == nil && Watch(w) >= Locks && Watch(w) <= GaveUp {
 		return Watch(w)
 	}
 	return Watches
 }
 
-// Owe leaves an unlock that a hook could not do to the guard of its checkpoint, if there is one.
-func Owe(netns uint64, criu, task int) {
-	_, _ = ask(filepath.Join(Dir, nameOf(netns, criu)), Request{Action: askOwe, PID: strconv.Itoa(task)}) // gc does it otherwise
+// locksElsewhere tells whether another checkpoint has locked the namespace, and still wants it
+// so: the lock is left to that one.
+func (g *Guard) locksElsewhere() bool { return locksElsewhere(g.dir(), g.NS.Inode(), g.id()) }
+
+// LocksElsewhere is that for a hook of CRIU's, in its turn, whose own guard did not answer.
+func LocksElsewhere(netns uint64, criu int) bool {
+	return trusted(Dir) == nil && locksElsewhere(Dir, netns, criu)
 }
 
-func ask(path string, r Request) (answer string, err error) {
+// besideTime is how long an unlock may wait for what another checkpoint's guard says. One that
+// is slower is stopped, and wants nothing.
+const besideTime = 100 * time.Millisecond
+
+func locksElsewhere(dir string, netns uint64, criu int) bool {
+	for _, path := range placesBeside(dir, netns, criu) {
+		if watchOf(path, besideTime) == Locks {
+			return true
+		}
+	}
+	return false
+}
+
+// Owe leaves an unlock that a hook could not do to the guard of its checkpoint, if there is one.
+func Owe(netns uint64, criu, task int) {
+	_, _ = ask(filepath.Join(Dir, nameOf(netns, criu)), fresh, Request{Action: askOwe, PID: strconv.Itoa(task)}) // gc does it otherwise
+}
+
+func ask(path string, wait time.Duration, r Request) (answer string, err error) {
 	c, err := net.DialUnix("unixpacket", nil, &net.UnixAddr{Name: path, Net: "unixpacket"})
 	if err != nil {
 		return "", err
 	}
 	defer c.Close()
-	if err := c.SetDeadline(time.Now().Add(fresh)); err != nil {
+	if err := c.SetDeadline(time.Now().Add(wait)); err != nil {
 		return "", err
 	}
 	r.Sent = monotonic()

@@ -192,6 +192,9 @@ func (g *Guard) Serve() error {
 	}
 	g.place = s
 	g.debt = debt{at: Watches, wake: make(chan struct{}, 1)}
+	if g.Phase == Restore && g.Client == 0 {
+		g.debt.at = Locks // the hook that has started us
+	}
 	defer s.close()
 	done := make(chan struct{}, 1)
 	go s.serve(g.hook, func() {
@@ -277,9 +280,13 @@ func (g *Guard) hook(r Request) Answer {
 	if g.CRIUfd >= 0 && waitPidfd(g.CRIUfd, 0) {
 		return Answer{Code: notDone} // its orphan: what it locks nobody would unlock
 	}
+	ours := r.PID == strconv.Itoa(g.Task)
+	if ours && r.unlocks() {
+		r.Leave = g.locksElsewhere()
+	}
 	a := g.Hook(r)
-	if r.PID != strconv.Itoa(g.Task) {
-		return a // not this checkpoint's
+	if !ours {
+		return a
 	}
 	g.after(r, a.Code)
 	if r.Action == "post-restore" && a.Code == 0 {
@@ -350,7 +357,7 @@ func (g *Guard) once() (verdict, error) {
 	if err != nil {
 		return wait, err
 	}
-	f := facts{phase: g.Phase, found: st.Found, wasFrozen: g.WasFrozen, wasLocked: g.WasLocked, policy: g.Policy, owed: g.debt.get() != Watches}
+	f := facts{phase: g.Phase, found: st.Found, wasFrozen: g.WasFrozen, wasLocked: g.WasLocked, policy: g.Policy, owed: g.debt.get() > Watches}
 	if f.policy == "" {
 		f.policy = g.Default
 	}

@@ -453,7 +453,7 @@ func TestOwesNothing(t *testing.T) {
 	code = 0
 	l.ask(t, "network-lock", l.task)
 	time.Sleep(2 * firstPoll) // it would have tried
-	if l.debt.get() != Watches || l.lock.unlocks.Load() != 0 {
+	if l.debt.get() != Locks || l.lock.unlocks.Load() != 0 {
 		t.Error("owes an unlock of what was locked anew, or has done it")
 	}
 	l.ask(t, "network-unlock", l.task)
@@ -564,6 +564,59 @@ func TestSweep(t *testing.T) {
 	if !slices.Equal(got, want) {
 		t.Errorf("left are %q, want %q", got, want)
 	}
+}
+
+// The lock of two checkpoints goes with the last of them, in whichever order they end, and however.
+func TestLockOfTwoCheckpoints(t *testing.T) {
+	for _, way := range []string{"unlocked", "killed"} {
+		t.Run(way, func(t *testing.T) {
+			dir, ns := tempDir(t), namespace(t)
+			labs := []*lab{newLab(t, Dump, dir, ns), newLab(t, Dump, dir, ns), newLab(t, Dump, dir, ns)}
+			for _, l := range labs {
+				l.lock, l.Locker = labs[0].lock, labs[0].lock
+				l.Hook = func(r Request) Answer { return Answer{Line: fmt.Sprintln(r.Leave)} }
+				l.start(t)
+			}
+			one, two, idle := labs[0], labs[1], labs[2]
+			unlock := func(l *lab, leaves bool) {
+				t.Helper()
+				if a, want := l.ask(t, "network-unlock", l.task), fmt.Sprintf("000 %v\n", leaves); a != want {
+					t.Errorf("the answer is %q, want %q", a, want)
+				}
+				l.ends(t)
+			}
+			one.ask(t, "network-lock", one.task)
+			two.ask(t, "network-lock", two.task)
+			if way == "killed" {
+				kill(t, one.criu)
+				one.ends(t)
+				if one.lock.unlocks.Load() != 0 {
+					t.Error("unlocked under the second's feet")
+				}
+			} else {
+				unlock(one, true)
+			}
+			unlock(two, false) // one has begun, and locks nothing
+			idle.ask(t, "pre-dump", idle.task)
+			one = newLab(t, Dump, dir, ns)
+			one.Hook = idle.Hook
+			one.start(t)
+			one.ask(t, "network-lock", one.task)
+			unlock(one, false)
+			unlock(idle, false)
+		})
+	}
+	// A restore has locked before it has a guard.
+	dir, ns := tempDir(t), namespace(t)
+	one, two := newLab(t, Restore, dir, ns), newLab(t, Dump, dir, ns)
+	two.Hook = func(r Request) Answer { return Answer{Line: fmt.Sprintln(r.Leave)} }
+	one.start(t)
+	two.start(t)
+	two.ask(t, "network-lock", two.task)
+	if a := two.ask(t, "network-unlock", two.task); a != "000 true\n" {
+		t.Errorf("beside a restore: %q", a)
+	}
+	two.ends(t)
 }
 
 func TestTaken(t *testing.T) {

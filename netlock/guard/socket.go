@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -43,6 +44,8 @@ type Request struct {
 	Action, PID, ImageDir, Config string
 	// Sent is the hook's CLOCK_MONOTONIC, in ns.
 	Sent int64
+	// Leave is the guard's: the unlock is left to another checkpoint in the namespace.
+	Leave bool
 }
 
 // Answer is what the hook has to say and its exit code.
@@ -158,14 +161,19 @@ func alive(path string) bool {
 
 // others tells whether another live guard watches a checkpoint in the namespace.
 func others(dir string, netns uint64, criu int) bool {
+	return slices.ContainsFunc(placesBeside(dir, netns, criu), alive)
+}
+
+// placesBeside are those of the namespace's other guards, dead ones among them.
+func placesBeside(dir string, netns uint64, criu int) (paths []string) {
 	own := nameOf(netns, criu)
 	names, _ := filepath.Glob(filepath.Join(dir, strconv.FormatUint(netns, 10)+".*.*"))
 	for _, path := range names {
-		if filepath.Base(path) != own && alive(path) {
-			return true
+		if filepath.Base(path) != own {
+			paths = append(paths, path)
 		}
 	}
-	return false
+	return paths
 }
 
 // Sweep takes away the places of guards that were killed, and whose CRIU is dead too.
