@@ -137,7 +137,7 @@ func runGuard(args []string) int {
 	if err := unix.CloseRange(guard.FirstFree, ^uint(0)>>1, unix.CLOSE_RANGE_CLOEXEC); err != nil {
 		log("close_range: %v", err)
 	}
-	c, ready, over, err := guard.Inherited(args)
+	c, line, err := guard.Inherited(args)
 	if err != nil {
 		early.Say(wire.OneLine(err.Error()) + "\n")
 		return netlock.ExitCode(&netlock.Error{Kind: netlock.KindInput, Err: err})
@@ -176,7 +176,8 @@ func runGuard(args []string) int {
 			return err
 		},
 		Default:  guard.Policy(cfg.OnFailedRestore),
-		Over:     over,
+		Words:    line.Words,
+		Share:    line.Share,
 		Quit:     quit,
 		Deadline: cfg.GuardTimeout,
 		Log:      log,
@@ -198,7 +199,7 @@ func runGuard(args []string) int {
 	// frozen, and they are not in time if they have to wait for a processor.
 	var kept *netlock.Namespace
 	g.Ready = func() {
-		defer ready()
+		defer line.Ready()
 		l := locker(cfg, criu)
 		trial := wire.Holder(cfg)
 		trial.HandsOn = true // to nobody
@@ -228,7 +229,7 @@ func runGuard(args []string) int {
 	switch err := g.Serve(); err {
 	case nil:
 	case guard.ErrTaken:
-		ready() // the checkpoint is guarded, by whom a hook that runs twice has started before
+		line.Ready() // the checkpoint is guarded, by whom a hook that runs twice has started before
 	default:
 		log("the guard of pid %d: %v", c.Task, err)
 		return netlock.ExitCode(err)

@@ -16,10 +16,13 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/criu-netlock/criu-netlock/cmd/criu-netlock/early"
+	"github.com/criu-netlock/criu-netlock/netlock"
 	"github.com/criu-netlock/criu-netlock/netlock/action"
 	"github.com/criu-netlock/criu-netlock/netlock/config"
+	"github.com/criu-netlock/criu-netlock/netlock/criurpc"
 	"github.com/criu-netlock/criu-netlock/netlock/guard"
 	"github.com/criu-netlock/criu-netlock/netlock/netlocktest"
+	"github.com/criu-netlock/criu-netlock/nft"
 )
 
 // fakeCRIU is a process that runs the hook as CRIU does, and dies as it does.
@@ -274,10 +277,22 @@ func TestGuardOfAScriptThatRunsTwice(t *testing.T) {
 }
 
 // Containers of a pod share a namespace. Whoever of two checkpoints ends first leaves the lock to
-// the other one, also where a hook does its work itself.
+// the other one, whichever way CRIU calls, and also where a hook does its work itself.
 func TestCheckpointsOfAPod(t *testing.T) {
-	for _, way := range []string{"guards", "the first without its guard", "a dump and a restore"} {
-		t.Run(way, func(t *testing.T) {
+	for _, way := range []struct {
+		name          string
+		first, second func(t *testing.T, pid string) *part
+	}{
+		{"guards", scriptPart, scriptPart},
+		{"the first without its guard", unguardedPart, scriptPart},
+		{"a dump and a restore", scriptPart, restorePart},
+		{"RPC", rpcPart, rpcPart},
+		{"RPC and scripts", rpcPart, scriptPart},
+		{"scripts and RPC", scriptPart, rpcPart},
+		{"RPC and a restore", rpcPart, restorePart},
+		{"a restore and RPC", restorePart, rpcPart},
+	} {
+		t.Run(way.name, func(t *testing.T) {
 			s := newSpace(t)
 			before := s.rules(t)
 			sibling := exec.Command("nsenter", "-t", s.pid, "-n", "sleep", "600")
@@ -287,38 +302,162 @@ func TestCheckpointsOfAPod(t *testing.T) {
 			t.Cleanup(func() { _ = sibling.Process.Kill(); _ = sibling.Wait() })
 			other := strconv.Itoa(sibling.Process.Pid)
 			eventually(t, "in the namespace", func() bool { return netnsOf(t, other) == netnsOf(t, s.pid) })
-			a, b := newCRIU(t), newCRIU(t)
-			a.ok(t, s.pid, "pre-dump", "network-lock")
-			end := []string{"network-unlock"}
-			if way == "a dump and a restore" {
-				b.ok(t, other, "setup-namespaces", "post-setup-namespaces", "post-restore")
-				end = append(end, "post-resume")
-			} else {
-				b.ok(t, other, "pre-dump", "network-lock")
+			first, second := way.first(t, s.pid), way.second(t, other)
+			first.lock()
+			second.lock()
+			if said := first.unlock(); said != "left to another checkpoint" {
+				t.Errorf("the first: %s", said)
 			}
-			b.guard(t)
-			if way == "the first without its guard" {
-				g := a.guard(t)
-				if err := unix.Kill(g, unix.SIGKILL); err != nil {
-					t.Fatal(err)
-				}
-				eventually(t, "dead", func() bool { return allIn(g, "ZX") })
-			}
-			if log := a.ok(t, s.pid, "network-unlock"); !strings.Contains(log, `result="left to another checkpoint"`) {
-				t.Errorf("the first: %s", log)
-			}
-			eventually(t, "without the first's guard", func() bool { return len(guards(t, a.Process.Pid)) == 0 })
 			run(t, "status", "--pid", s.pid, "--json").want(t, 0, `"intact": true`)
-			run(t, "list").want(t, 0)
-			if log := b.ok(t, other, end[0]); !strings.Contains(log, "result=unlocked") {
-				t.Errorf("the second: %s", log)
+			// It may begin again, and is the last one then.
+			if first = way.first(t, s.pid); way.name == "the first without its guard" {
+				first = scriptPart(t, s.pid) // without a guard nobody knows of it
 			}
-			b.ok(t, other, end[1:]...)
+			first.lock()
+			if said := second.unlock(); said != "left to another checkpoint" {
+				t.Errorf("the second: %s", said)
+			}
+			if said := first.unlock(); said != "unlocked" {
+				t.Errorf("the first, again: %s", said)
+			}
 			if after := s.rules(t); after != before {
 				t.Errorf("this is left:\n%s", after)
 			}
 		})
 	}
+}
+
+// A restore over RPC that has unlocked wants no lock any more, though it is not over.
+func TestCheckpointsOfAPodInTurn(t *testing.T) {
+	s := newSpace(t)
+	before := s.rules(t)
+	first := newRPC(t, s.pid, func(_ int, o criurpc.Options) *criurpc.Checkpoint { return criurpc.NewRestore(o) })
+	for _, name := range []action.Name{action.PreRestore, action.SetupNamespaces, action.PostSetupNamespaces, action.PostRestore, action.NetworkUnlock} {
+		first.do(name)
+	}
+	second := scriptPart(t, s.pid)
+	second.lock()
+	if said := second.unlock(); said != "unlocked" {
+		t.Errorf("the second: %s", said)
+	}
+	first.do(action.PostResume)
+	first.end()
+	if after := s.rules(t); after != before {
+		t.Errorf("this is left:\n%s", after)
+	}
+}
+
+// part is one of two checkpoints.
+type part struct {
+	lock   func()
+	unlock func() (result string)
+}
+
+var resultWord = regexp.MustCompile(`result=("[^"]*"|[^ ]*)`)
+
+func resultOf(log string) string {
+	if m := resultWord.FindStringSubmatch(log); m != nil {
+		return strings.Trim(m[1], `"`)
+	}
+	return log
+}
+
+func scriptPart(t *testing.T, pid string) *part {
+	c := newCRIU(t)
+	return &part{
+		func() { c.ok(t, pid, "pre-dump", "network-lock"); c.guard(t) },
+		func() string {
+			said := resultOf(c.ok(t, pid, "network-unlock"))
+			eventually(t, "without a guard", func() bool { return len(guards(t, c.Process.Pid)) == 0 })
+			return said
+		},
+	}
+}
+
+func unguardedPart(t *testing.T, pid string) *part {
+	c := newCRIU(t)
+	p := scriptPart(t, pid)
+	p.lock = func() {
+		c.ok(t, pid, "pre-dump", "network-lock")
+		g := c.guard(t)
+		if err := unix.Kill(g, unix.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "dead", func() bool { return allIn(g, "ZX") })
+	}
+	p.unlock = func() string { return resultOf(c.ok(t, pid, "network-unlock")) }
+	return p
+}
+
+func restorePart(t *testing.T, pid string) *part {
+	c := newCRIU(t)
+	return &part{
+		func() {
+			c.ok(t, pid, "setup-namespaces")
+			c.guard(t)
+			c.ok(t, pid, "post-setup-namespaces", "post-restore")
+		},
+		func() string {
+			said := resultOf(c.ok(t, pid, "network-unlock"))
+			c.ok(t, pid, "post-resume")
+			eventually(t, "without a guard", func() bool { return len(guards(t, c.Process.Pid)) == 0 })
+			return said
+		},
+	}
+}
+
+func rpcPart(t *testing.T, pid string) *part {
+	r := newRPC(t, pid, func(pid int, o criurpc.Options) *criurpc.Checkpoint { return criurpc.NewDump(pid, true, o) })
+	return &part{
+		func() { r.do(action.PreDump); r.do(action.NetworkLock) },
+		func() string {
+			defer r.end()
+			return r.do(action.NetworkUnlock)
+		},
+	}
+}
+
+// rpcCheckpoint is one that a program has, which drives CRIU.
+type rpcCheckpoint struct {
+	t    *testing.T
+	c    *criurpc.Checkpoint
+	task int
+	criu *exec.Cmd
+}
+
+func newRPC(t *testing.T, pid string, begin func(pid int, o criurpc.Options) *criurpc.Checkpoint) *rpcCheckpoint {
+	task, err := strconv.Atoi(pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := &rpcCheckpoint{t, begin(task, criurpc.Options{Locker: netlock.New(nft.New()), Guard: program}), task, exec.Command("sleep", "600")}
+	if err := r.criu.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = r.criu.Process.Kill(); _ = r.criu.Wait() })
+	r.c.SetCRIU(r.criu.Process.Pid)
+	return r
+}
+
+func (r *rpcCheckpoint) do(name action.Name) string {
+	r.t.Helper()
+	pid := 0
+	if name == action.SetupNamespaces {
+		pid = r.task
+	}
+	rep, err := r.c.Handle(r.t.Context(), name, pid)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return rep.Result
+}
+
+func (r *rpcCheckpoint) end() {
+	r.t.Helper()
+	if err := r.c.End(nil); err != nil {
+		r.t.Error(err)
+	}
+	eventually(r.t, "without a guard", func() bool { return len(guards(r.t, r.criu.Process.Pid)) == 0 })
 }
 
 func TestGuardOff(t *testing.T) {

@@ -30,6 +30,7 @@ type Checkpoint struct {
 	// What follows belongs to the holder of turn.
 	handler *action.Handler
 	locker  *netlock.Locker // the handler's
+	op      action.Op       // what the handler is doing
 	pid     int             // the root task's, when it is known
 	criu    int             // CRIU's, 0 if unknown
 	ns      *netlock.Namespace
@@ -43,7 +44,7 @@ type Checkpoint struct {
 	failed    error // the last unlock
 	tampered  error // what an unlock found
 	over      bool
-	guarded   func(guard.Word) // tells the guard that all is over; nil without one
+	link      *guard.Link // to the guard; nil without one
 	warm      *netlock.Namespace
 	// work is done by one goroutine until the end: a new one for each notification takes some 60 µs
 	// of the freeze, most of them because its stack has to grow.
@@ -90,9 +91,12 @@ func (c *Checkpoint) byTable(ctx context.Context, ev action.Event) (action.Repor
 		c.handler = &action.Handler{
 			Locker: &l, Open: c.openHeld,
 			Trial: func(ctx context.Context) (netlock.Result, error) { return netlock.Trial(ctx, &l) },
+			Turn:  c.inTurn,
+			Leave: func(*netlock.Namespace) bool { return c.link.Leaves() },
 			Found: func(was bool) { l.Options.Caller.Fallback = c.o.OnFailedRestore.Fallback(was) },
 		}
 	}
+	c.op = action.OpOf(ev.Action)
 	if c.o.Mode == nil {
 		return c.handler.Handle(ctx, ev)
 	}
@@ -142,6 +146,17 @@ func (c *Checkpoint) Handle(ctx context.Context, name action.Name, pid int) (act
 		c.o.Log(Entry{Event: d.ev, Report: d.rep, Err: err, Took: time.Since(start), Unguarded: d.unguarded})
 	}
 	return d.rep, err
+}
+
+// inTurn does what changes the lock in its turn among the checkpoints in the namespace.
+func (c *Checkpoint) inTurn(_ *netlock.Namespace, f func() error) (err error) {
+	c.link.InTurn(time.Now().Add(c.o.timeout()/2), func() {
+		err = f()
+		if unlocks := c.op == action.Unlock || c.op == action.Sweep; unlocks || err == nil {
+			c.link.Locks(!unlocks)
+		}
+	})
+	return err
 }
 
 // looker is a Holder that can look before the freeze for what it must know to bind.
@@ -345,17 +360,9 @@ func (c *Checkpoint) End(err error) error {
 		switch {
 		case !c.open:
 		case c.toUnlock(ctx, err):
-			start := time.Now()
-			var st netlock.State
-			if st, c.failed = c.o.Locker.Unlock(ctx, c.ns); c.failed != nil && netlock.KindOf(c.failed) != netlock.KindTampered {
+			c.op = action.Unlock
+			if c.failed = c.inTurn(c.ns, func() error { return c.unlock(ctx) }); c.failed != nil && netlock.KindOf(c.failed) != netlock.KindTampered {
 				word = guard.Unpaid
-			}
-			if c.o.Log != nil && (st.Found || c.failed != nil) {
-				rep := action.Report{Netns: c.ns.Inode(), Backend: st.Backend, Mode: st.Mode, Queue: st.Queue, NotDelivered: st.NotDelivered, Loud: true}
-				if st.Found {
-					rep.Result = "unlocked"
-				}
-				c.o.Log(Entry{Event: action.Event{Action: EndOf(c.phase), PID: c.pid}, Report: rep, Err: c.failed, Took: time.Since(start)})
 			}
 		default:
 			c.failed = c.giveUp(ctx)
@@ -363,6 +370,23 @@ func (c *Checkpoint) End(err error) error {
 		return struct{}{}, errors.Join(c.failed, c.tampered)
 	})
 	return errors.Join(err, e)
+}
+
+// unlock is the last one, of what CRIU has not unlocked.
+func (c *Checkpoint) unlock(ctx context.Context) error {
+	if c.link.Leaves() {
+		return nil
+	}
+	start := time.Now()
+	st, err := c.o.Locker.Unlock(ctx, c.ns)
+	if c.o.Log != nil && (st.Found || err != nil) {
+		rep := action.Report{Netns: c.ns.Inode(), Backend: st.Backend, Mode: st.Mode, Queue: st.Queue, NotDelivered: st.NotDelivered, Loud: true}
+		if st.Found {
+			rep.Result = "unlocked"
+		}
+		c.o.Log(Entry{Event: action.Event{Action: EndOf(c.phase), PID: c.pid}, Report: rep, Err: err, Took: time.Since(start)})
+	}
+	return err
 }
 
 // EndOf is the Action of the Entry that tells of an unlock by End.
@@ -405,9 +429,7 @@ func (c *Checkpoint) warmUp(ctx context.Context) {
 }
 
 func (c *Checkpoint) drop(word guard.Word) {
-	if c.guarded != nil {
-		c.guarded(word)
-	}
+	c.link.Over(word)
 	if c.warm != nil {
 		c.warm.Close()
 	}

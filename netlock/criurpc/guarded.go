@@ -42,7 +42,7 @@ func findGuard(named string) (string, error) {
 func (c *Checkpoint) guardFrom(name action.Name, rep action.Report) error {
 	wait := readyTime
 	switch {
-	case c.o.Guard == NoGuard, c.guarded != nil, rep.Netns == 0: // the last is a task in our own namespace
+	case c.o.Guard == NoGuard, c.link != nil, rep.Netns == 0: // the last is a task in our own namespace
 		return nil
 	case name == action.PreDump:
 	case name == action.SetupNamespaces:
@@ -81,6 +81,6 @@ func (c *Checkpoint) guardFrom(name action.Name, rep action.Report) error {
 			env = append(env, name+"="+v)
 		}
 	}
-	c.guarded, err = guard.Start(exe, g, env, wait)
+	c.link, err = guard.Start(exe, g, env, wait)
 	return err
 }

@@ -133,11 +133,14 @@ func (g *Guard) payOff(over <-chan struct{}) bool {
 	}
 }
 
-// Actions that are none of CRIU's: a request that asks for a Watch, and one that leaves an unlock
-// to the guard.
+// Actions that are none of CRIU's: a request that asks for a Watch; one that leaves an unlock to
+// the guard; that there is another checkpoint in the namespace; and what a client does there.
 const (
-	askWatch = "guard-watch"
-	askOwe   = "guard-owe"
+	askWatch    = "guard-watch"
+	askOwe      = "guard-owe"
+	askShared   = "guard-shared"
+	askLocked   = "guard-locked"
+	askUnlocked = "guard-unlocked"
 )
 
 // Alive asks the live guards what they are at, by the inode of their namespace. One that is too
@@ -190,8 +193,11 @@ func locksElsewhere(dir string, netns uint64, criu int) bool {
 }
 
 // Owe leaves an unlock that a hook could not do to the guard of its checkpoint, if there is one.
-func Owe(netns uint64, criu, task int) {
-	_, _ = ask(filepath.Join(Dir, nameOf(netns, criu)), fresh, Request{Action: askOwe, PID: strconv.Itoa(task)}) // gc does it otherwise
+func Owe(netns uint64, criu, task int) { tell(netns, criu, task, askOwe) }
+
+// tell says something to the guard of a checkpoint, if there is one.
+func tell(netns uint64, criu, task int, action string) {
+	_, _ = ask(filepath.Join(Dir, nameOf(netns, criu)), fresh, Request{Action: action, PID: strconv.Itoa(task)}) // nobody else would know better
 }
 
 func ask(path string, wait time.Duration, r Request) (answer string, err error) {

@@ -107,8 +107,10 @@ type Guard struct {
 	Ready func()
 	// Log writes to the system's log: there is no other place once CRIU is gone.
 	Log func(format string, args ...any)
-	// Over, if set, has what the client says when all is over.
-	Over <-chan Word
+	// Words, if set, are what the client says.
+	Words <-chan Word
+	// Share, if set, tells the client that there is another checkpoint in the namespace.
+	Share func()
 	// Quit, if set, has a word when somebody wants this process to end. While CRIU lives it
 	// does not: the container would stay locked.
 	Quit <-chan os.Signal
@@ -192,8 +194,8 @@ func (g *Guard) Serve() error {
 	}
 	g.place = s
 	g.debt = debt{at: Watches, wake: make(chan struct{}, 1)}
-	if g.Phase == Restore && g.Client == 0 {
-		g.debt.at = Locks // the hook that has started us
+	if g.Phase == Restore {
+		g.debt.at = Locks // who has started us
 	}
 	defer s.close()
 	done := make(chan struct{}, 1)
@@ -203,6 +205,11 @@ func (g *Guard) Serve() error {
 		default:
 		}
 	})
+	for _, path := range placesBeside(g.dir(), g.NS.Inode(), g.id()) {
+		if _, err := ask(path, besideTime, Request{Action: askShared}); err == nil && g.Share != nil {
+			g.Share()
+		}
+	}
 	g.Ready()
 	gone := make(chan struct{})
 	go func() {
@@ -217,12 +224,18 @@ func (g *Guard) Serve() error {
 		select {
 		case <-done:
 			return nil
-		case w := <-g.Over:
-			if w != Unpaid {
+		case w := <-g.Words:
+			switch w {
+			case locked:
+				g.debt.set(Locks)
+			case unlocked:
+				g.debt.set(Watches)
+			case Unpaid:
+				g.client.Store(true)
+				g.debt.make()
+			default:
 				return nil
 			}
-			g.client.Store(true)
-			g.debt.make()
 		case <-g.debt.wake:
 			if g.payOff(gone) {
 				return nil
@@ -263,9 +276,22 @@ func (g *Guard) hook(r Request) Answer {
 	switch r.Action {
 	case askWatch:
 		return Answer{Line: strconv.Itoa(int(g.debt.get()))}
-	case askOwe:
-		if r.PID == strconv.Itoa(g.Task) {
+	case askShared:
+		if g.Share != nil {
+			g.Share()
+		}
+		return Answer{}
+	case askOwe, askLocked, askUnlocked:
+		if r.PID != strconv.Itoa(g.Task) {
+			return Answer{}
+		}
+		switch r.Action {
+		case askOwe:
 			g.debt.make()
+		case askLocked:
+			g.debt.set(Locks)
+		case askUnlocked:
+			g.debt.set(Watches)
 		}
 		return Answer{}
 	}
@@ -325,11 +351,14 @@ func (g *Guard) settle(done <-chan struct{}) error {
 		select {
 		case <-done:
 			return nil
-		case w := <-g.Over:
-			if w != Unpaid {
+		case w := <-g.Words:
+			switch w {
+			case locked, unlocked:
+			case Unpaid:
+				g.debt.make()
+			default:
 				return nil
 			}
-			g.debt.make()
 		case <-g.Quit:
 			g.Log("the guard is told to end, and %s stays locked: see criu-netlock list", g.NS)
 			return nil

@@ -326,7 +326,7 @@ func TestClientSaysOver(t *testing.T) {
 	l := newLab(t, Dump, tempDir(t), namespace(t))
 	l.forClient(t)
 	said := make(chan Word, 1)
-	l.Over = said
+	l.Words = said
 	l.start(t)
 	said <- Done
 	l.ends(t)

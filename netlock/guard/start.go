@@ -7,7 +7,6 @@ import (
 	"os"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
 
@@ -39,32 +38,20 @@ const (
 // FirstFree is the first descriptor that is none of the Checkpoint's.
 const FirstFree = fdEnd
 
-// Word is what a client says to its guard when its checkpoint is over.
-type Word byte
-
-// What there is to say.
-const (
-	// Done: nothing is left to do.
-	Done Word = 1 + iota
-	// Unpaid: an unlock has failed, and the guard is to try again.
-	Unpaid
-)
-
 // Start runs exe as a guard: in a session of its own, with none of our descriptors but
 // the Checkpoint's, so that neither CRIU's log nor a terminal waits for it. It returns
 // when the guard is in its place, or after the wait with an error; with a wait of 0 at
-// once. The guard is not to be waited for: it lives on when the hook has ended. A client
-// calls over when its checkpoint is; it is never nil, and the first call counts.
-func Start(exe string, c Checkpoint, env []string, waitReady time.Duration) (over func(Word), err error) {
-	over = func(Word) {}
+// once. The guard is not to be waited for: it lives on when the hook has ended. A client has a
+// Link to it.
+func Start(exe string, c Checkpoint, env []string, waitReady time.Duration) (link *Link, err error) {
 	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
 	if err != nil {
-		return over, err
+		return link, err
 	}
 	defer null.Close()
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
-		return over, err
+		return link, err
 	}
 	files := []uintptr{null.Fd(), null.Fd(), null.Fd()}
 	for _, fd := range []int{c.CRIUfd, c.TaskFD, c.ClientFD, c.NS.FD(), c.queueFD(), pair[1]} {
@@ -81,18 +68,12 @@ func Start(exe string, c Checkpoint, env []string, waitReady time.Duration) (ove
 	unix.Close(pair[1])
 	if err != nil {
 		unix.Close(pair[0])
-		return over, err
+		return link, err
 	}
 	if c.Client == 0 {
 		defer unix.Close(pair[0])
 	} else {
-		var once sync.Once
-		over = func(w Word) {
-			once.Do(func() {
-				_ = unix.Sendto(pair[0], []byte{byte(w)}, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT, nil) // it may have gone
-				unix.Close(pair[0])
-			})
-		}
+		link = &Link{netns: c.NS.Inode(), id: c.id(), task: c.Task, fd: pair[0]}
 		go func() {
 			for {
 				if _, err := unix.Wait4(pid, nil, 0, nil); err != unix.EINTR {
@@ -102,7 +83,7 @@ func Start(exe string, c Checkpoint, env []string, waitReady time.Duration) (ove
 		}()
 	}
 	if waitReady == 0 {
-		return over, nil
+		return link, nil
 	}
 	p := []unix.PollFd{{Fd: int32(pair[0]), Events: unix.POLLIN}}
 	until := time.Now().Add(waitReady)
@@ -112,15 +93,19 @@ func Start(exe string, c Checkpoint, env []string, waitReady time.Duration) (ove
 		case errors.Is(err, unix.EINTR):
 			continue
 		case err != nil:
-			return over, fmt.Errorf("wait for the guard: %w", err)
+			return link, fmt.Errorf("wait for the guard: %w", err)
 		case k == 0:
-			return over, fmt.Errorf("the guard is not ready after %v", waitReady)
+			return link, fmt.Errorf("the guard is not ready after %v", waitReady)
 		}
 		var b [1]byte
-		if n, _ := unix.Read(pair[0], b[:]); n != 1 {
-			return over, errors.New("the guard ended at once: the system log has the reason")
+		switch n, _ := unix.Read(pair[0], b[:]); {
+		case n != 1:
+			return link, errors.New("the guard ended at once: the system log has the reason")
+		case b[0] == inPlace:
+			return link, nil
+		case link != nil:
+			link.shared = true
 		}
-		return over, nil
 	}
 }
 
@@ -194,39 +179,46 @@ func flag(b bool) string {
 	return "no"
 }
 
-// Inherited is the Checkpoint that Start gave this process, what tells it that the guard
-// is ready, and what a client closes.
-func Inherited(args []string) (c Checkpoint, ready func(), over <-chan Word, err error) {
+// Line is a guard's to who has started it.
+type Line struct {
+	// Ready tells that the guard is in its place, Share that it is not alone in the namespace.
+	Ready, Share func()
+	// Words are what a client says.
+	Words <-chan Word
+}
+
+// Inherited is the Checkpoint that Start gave this process, and the line to who called it.
+func Inherited(args []string) (c Checkpoint, line Line, err error) {
 	bad := fmt.Errorf("criu-netlock %s %s: hooks start this, nobody else", Arg, strings.Join(args, " "))
 	if len(args) != 8 {
-		return c, nil, nil, bad
+		return c, line, bad
 	}
 	c = Checkpoint{Phase: Phase(args[0]), CRIUfd: fdCRIU, TaskFD: fdTask, ClientFD: fdClient, WasLocked: args[3] == "yes", WasFrozen: args[4] == "yes", Policy: Policy(args[6])}
 	if c.Phase != Dump && c.Phase != Restore {
-		return c, nil, nil, bad
+		return c, line, bad
 	}
 	for _, n := range []struct {
 		arg string
 		to  *int
 	}{{args[1], &c.CRIU}, {args[2], &c.Task}, {args[5], &c.Client}} {
 		if *n.to, err = strconv.Atoi(n.arg); err != nil || *n.to < 0 {
-			return c, nil, nil, bad
+			return c, line, bad
 		}
 	}
 	queue, err := strconv.Atoi(args[7])
 	if err != nil || queue > math.MaxUint16 {
-		return c, nil, nil, bad
+		return c, line, bad
 	}
 	if c.Task == 0 || c.CRIU == 0 && c.Client == 0 {
-		return c, nil, nil, bad
+		return c, line, bad
 	}
 	for fd := fdCRIU; fd < fdEnd; fd++ {
 		if _, err := unix.FcntlInt(uintptr(fd), unix.F_SETFD, unix.FD_CLOEXEC); err != nil {
-			return c, nil, nil, bad
+			return c, line, bad
 		}
 	}
 	if c.NS, err = netlock.FromFD(fdNetns); err != nil {
-		return c, nil, nil, err
+		return c, line, err
 	}
 	unix.Close(fdNetns)
 	for _, of := range []struct {
@@ -243,25 +235,33 @@ func Inherited(args []string) (c Checkpoint, ready func(), over <-chan Word, err
 	} else {
 		c.Queue = nfnl.InheritQueue(fdQueue, uint16(queue))
 	}
-	said := make(chan Word, 1)
-	return c, func() {
-		_ = unix.Sendto(fdReady, []byte{1}, unix.MSG_NOSIGNAL, nil) // the hook may have gone
-		if c.Client == 0 {
+	words := make(chan Word, 1)
+	say := func(b byte) {
+		_ = unix.Sendto(fdReady, []byte{b}, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT, nil) // the hook, or the client, may have gone
+	}
+	line = Line{Words: words, Share: func() {}}
+	if c.Client == 0 {
+		line.Ready = func() {
+			say(inPlace)
 			unix.Close(fdReady)
-			return
 		}
+		return c, line, nil
+	}
+	line.Share = func() { say(sharing) }
+	line.Ready = func() {
+		say(inPlace)
 		go func() {
 			var b [1]byte
 			for {
 				n, err := unix.Read(fdReady, b[:])
 				switch {
 				case n == 1:
-					said <- Word(b[0])
-					return
+					words <- Word(b[0])
 				case err != unix.EINTR: // it has gone, which its pidfd tells too
 					return
 				}
 			}
 		}()
-	}, said, nil
+	}
+	return c, line, nil
 }
