@@ -467,6 +467,11 @@ func (s *session) lock(v Variant) (res netlock.Result, err error) {
 		if err != nil {
 			return res, err
 		}
+		for i := range ps {
+			if ps[i].why == "" && ps[i].caller.Over() {
+				ps[i].why = "it is of a checkpoint that is over"
+			}
+		}
 		by, q, rest, ok := s.intact(v, ps)
 		if ok && s.asWanted(q) {
 			if err := s.remove(rest); again(err, try) {

@@ -60,8 +60,21 @@ func (c Caller) For(task int) Caller {
 
 // Failed tells whether the caller was a restore that has failed, and that was to leave the
 // namespace unlocked, as it was before.
-func (c Caller) Failed() bool {
-	if c.Fallback != FallbackUnlock || c.Start == 0 || c.Boot != bootID() {
+func (c Caller) Failed() bool { return c.Fallback == FallbackUnlock && c.gone() }
+
+// Over tells whether the checkpoint is over that the lock was for, so that whoever looks for stale
+// ones takes it off: who comes next has to make it their own.
+func (c Caller) Over() bool {
+	if c.Task == 0 || c.Fallback == FallbackKeep || !c.gone() {
+		return false
+	}
+	st, ok := alive(c.Task, c.TaskStart, proc.StatOf)
+	return c.Fallback == FallbackUnlock || ok && st.State != 'T'
+}
+
+// gone tells whether the caller is dead, as far as is known.
+func (c Caller) gone() bool {
+	if c.Start == 0 || c.Boot == "" || c.Boot != bootID() {
 		return false
 	}
 	_, ok := alive(c.PID, c.Start, proc.StatOf)
@@ -107,7 +120,8 @@ const (
 	// ByHand: no CRIU asked for it, and no CRIU ends it.
 	ByHand Use = "by hand"
 	// Waiting: the caller is gone and so is the task: it was dumped, and its peers are
-	// not to be reset before it is restored.
+	// not to be reset before it is restored. Or a restore has failed, of which the configuration
+	// keeps the lock.
 	Waiting Use = "waiting for a restore"
 	// Stopped: the caller is gone, the task was left stopped, or is paused.
 	Stopped Use = "stopped"

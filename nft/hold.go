@@ -18,11 +18,11 @@ func (v view) mode() netlock.Mode {
 }
 
 // asWanted tells whether an intact lock is of the mode that was asked for, or as near to
-// it as we can come, and not left by a restore that has failed.
+// it as we can come, and of a checkpoint that goes on.
 func (s *session) asWanted(v view) bool {
 	switch {
-	case v.caller.Failed():
-		return false // whoever looks at it later would take it off
+	case v.caller.Over():
+		return false
 	case s.o.Mode != netlock.Hold:
 		return v.queue == nil
 	case s.o.Holder == nil || s.notHeld != nil:

@@ -62,17 +62,21 @@ func TestHookOfADeadCRIU(t *testing.T) {
 	for _, action := range []string{"network-lock", "setup-namespaces", "post-setup-namespaces", "post-restore"} {
 		for name, late := range map[string]string{
 			"before": `sleep 0.3; "$0"`,
-			// It has looked for CRIU by then, and has sent nothing yet.
-			"meanwhile": `strace -f -o /dev/null -e trace=sendto -e inject=sendto:delay_enter=300000:when=2 "$0"`,
+			// It has locked by then, and does not know yet.
+			"meanwhile": `strace -f -o /dev/null -e trace=sendto -e inject=sendto:delay_exit=400000 "$0"`,
 		} {
 			if name == "meanwhile" && strings.HasPrefix(action, "post-") {
-				continue // what was there before it does not look at
+				continue // what was there before they do not look at
 			}
 			t.Run(action+" "+name, func(t *testing.T) {
 				s := newSpace(t)
 				before := s.rules(t)
 				l := newLonely(t, s, action, late)
-				time.Sleep(150 * time.Millisecond)
+				if name == "meanwhile" {
+					eventually(t, "locked", func() bool { return s.isLocked(t) })
+				} else {
+					time.Sleep(150 * time.Millisecond)
+				}
 				l.kill()
 				if log := l.said(t); !strings.Contains(log, "CRIU is gone") || !strings.Contains(log, "exit 1\n") {
 					t.Error(log)

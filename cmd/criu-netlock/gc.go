@@ -16,9 +16,12 @@ import (
 
 // use tells what a lock is for. A live guard still has its eye on the namespace, unless it
 // has given up.
-func use(ns *netlock.Namespace, st netlock.State, guarded map[uint64]guard.Watch) netlock.Use {
-	u, watch := netlock.UseOf(st, func() bool { return inhabited(ns.Inode()) }, guard.Frozen), guarded[ns.Inode()]
-	switch {
+func use(ns *netlock.Namespace, st netlock.State) netlock.Use {
+	u := netlock.UseOf(st, func() bool { return inhabited(ns.Inode()) }, guard.Frozen)
+	if u != netlock.Stale && u != netlock.InUse {
+		return u
+	}
+	switch watch := guard.At(ns.Inode()); {
 	case u == netlock.Stale && watch != 0, u == netlock.InUse && watch == guard.Owes:
 		return netlock.Guarded
 	case u == netlock.InUse && watch == guard.GaveUp:
@@ -52,14 +55,13 @@ func (c *cli) gc() error {
 	l := newLocker(cfg, parent())
 	out, err := within(c.start, cfg.Timeout, func(ctx context.Context) ([]outcome, error) {
 		found, findErr := find(ctx, l)
-		guarded := guard.Alive()
 		if !c.dryRun {
 			guard.Sweep()
 		}
 		out := make([]outcome, len(found))
 		parallel(len(found), func(i int) {
 			f := found[i]
-			u := use(f.ns, f.st, guarded)
+			u := use(f.ns, f.st)
 			switch {
 			case u != netlock.Stale:
 				out[i] = f.outcome(string(u)+", left alone", f.st.Backend, nil)
@@ -84,7 +86,7 @@ func (c *cli) collect(ctx context.Context, l *netlock.Locker, f locked, blind bo
 			o = f.outcome(failed, "", err)
 			return
 		}
-		if u := use(f.ns, st, guard.Alive()); !st.Found || u != netlock.Stale {
+		if u := use(f.ns, st); !st.Found || u != netlock.Stale {
 			o = f.outcome("in use by now, left alone", "", nil)
 			return
 		}

@@ -77,8 +77,9 @@ func leaves(ev action.Event, ns *netlock.Namespace) bool {
 	return guard.LocksElsewhere(ns.Inode(), by.pid)
 }
 
-// oweUnlock leaves an unlock that has failed to the guard: nobody calls for it again.
-func oweUnlock(ev action.Event, rep action.Report) {
+// oweUnlock leaves an unlock that has failed to the guard, for which there is so much time:
+// nobody calls for it again.
+func oweUnlock(ev action.Event, rep action.Report, left time.Duration) {
 	by, err := findCRIU(ev)
 	if err != nil || by == nil {
 		return // its guard knows what to do without CRIU
@@ -93,7 +94,8 @@ func oweUnlock(ev action.Event, rep action.Report) {
 		defer ns.Close()
 		netns = ns.Inode()
 	}
-	guard.Owe(netns, by.pid, ev.PID)
+	const least, most = 20 * time.Millisecond, 200 * time.Millisecond
+	guard.Owe(netns, by.pid, ev.PID, min(max(left-early.SayTime, least), most))
 }
 
 // opener gives out the guard's own handle while that is the task's namespace.
@@ -134,8 +136,8 @@ func runGuard(args []string) int {
 	if err := shedCapabilities(0); err != nil {
 		log("the guard keeps all capabilities: %v", err)
 	}
-	if err := unix.CloseRange(guard.FirstFree, ^uint(0)>>1, unix.CLOSE_RANGE_CLOEXEC); err != nil {
-		log("close_range: %v", err)
+	if err := guard.CloseOnExecFrom(guard.FirstFree); err != nil {
+		log("%v", err)
 	}
 	c, line, err := guard.Inherited(args)
 	if err != nil {
@@ -208,7 +210,7 @@ func runGuard(args []string) int {
 		}
 		ctx, cancel := context.WithTimeout(context.Background(), cfg.Timeout)
 		defer cancel()
-		if cfg.Mode != config.Drop {
+		if cfg.Mode != config.Drop && c.Queue == nil {
 			_ = holder.Look(ctx, c.NS) // Bind looks where this could not
 		}
 		if ns, err := netlock.NewThrowaway(); err == nil {

@@ -105,7 +105,7 @@ func (h *hookCall) run() (code int, line string) {
 			})
 			rep, unshed = out.rep, out.unshed
 			if unlocks && h.guard == 0 && err != nil && netlock.KindOf(err) != netlock.KindTampered {
-				oweUnlock(ev, rep)
+				oweUnlock(ev, rep, time.Until(h.start.Add(cfg.Timeout)))
 			}
 			if err == nil && h.guard == 0 && cfg.Guard {
 				unguarded = startGuard(ev, rep, by, h.holder)

@@ -17,7 +17,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/criu-netlock/criu-netlock/netlock"
-	"github.com/criu-netlock/criu-netlock/netlock/guard"
 )
 
 // locked is a namespace in which something of ours was found.
@@ -327,18 +326,17 @@ func (c *cli) list() error {
 		return err
 	}
 	var printErr error
-	guarded := guard.Alive()
 	if c.json {
 		out := make([]foundJSON, 0, len(found))
 		for _, f := range found {
-			out = append(out, foundJSON{newStatus(f.ns, f.st), f.foundAt, use(f.ns, f.st, guarded)})
+			out = append(out, foundJSON{newStatus(f.ns, f.st), f.foundAt, use(f.ns, f.st)})
 		}
 		printErr = printJSON(out)
 	} else {
 		var b strings.Builder
 		for _, f := range found {
 			b.WriteString(statusText(f.target, f.st))
-			fmt.Fprintf(&b, "  %-10s %s\n", "use", useText(use(f.ns, f.st, guarded)))
+			fmt.Fprintf(&b, "  %-10s %s\n", "use", useText(use(f.ns, f.st)))
 		}
 		if len(found) == 0 && err == nil {
 			b.WriteString("no network namespace of this host is locked\n")

@@ -37,6 +37,35 @@ type debt struct {
 	mu   sync.Mutex
 	at   Watch
 	wake chan struct{} // a debt was made
+	// of is the lock that it is about: a later one is somebody's who wants it. It is the zero one
+	// until it was read.
+	of lockID
+}
+
+// lockID tells one lock from the next.
+type lockID struct {
+	caller netlock.Caller
+	since  time.Time
+}
+
+// owes tells whether what is there now is what an unlock is owed of. Where it is not, nothing is
+// owed any more.
+func (g *Guard) owes(st netlock.State) bool {
+	d := &g.debt
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.at <= Watches {
+		return false
+	}
+	id := lockID{st.Caller, st.Since}
+	if d.of == (lockID{}) {
+		d.of = id
+	}
+	if !st.Found || d.of != id {
+		d.at, d.of = Watches, lockID{}
+		return false
+	}
+	return true
 }
 
 func (d *debt) make() {
@@ -45,7 +74,7 @@ func (d *debt) make() {
 	if d.at == Owes {
 		return // the guard and the hook may both say so
 	}
-	d.at = Owes
+	d.at, d.of = Owes, lockID{}
 	select {
 	case d.wake <- struct{}{}:
 	default:
@@ -56,6 +85,9 @@ func (d *debt) set(w Watch) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.at = w
+	if w <= Watches {
+		d.of = lockID{}
+	}
 }
 
 func (d *debt) get() Watch {
@@ -92,15 +124,18 @@ func (g *Guard) pay() error {
 		return err
 	}
 	defer t.done()
-	if g.debt.get() <= Watches {
+	ctx, cancel := context.WithTimeout(context.Background(), unlockTime)
+	defer cancel()
+	st, err := g.Locker.State(ctx, g.NS)
+	switch {
+	case err != nil:
+		return err
+	case !g.owes(st):
 		return errNotOwed
-	}
-	if g.locksElsewhere() {
+	case g.locksElsewhere():
 		g.debt.set(Watches)
 		return errNotOwed
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), unlockTime)
-	defer cancel()
 	if err := g.unlock(ctx, "an unlock of %s had failed: unlocked now", g.NS); err != nil {
 		return err
 	}
@@ -110,15 +145,9 @@ func (g *Guard) pay() error {
 
 // payOff tries again and again, and tells whether the guard has nothing to do any more.
 func (g *Guard) payOff(over <-chan struct{}) bool {
-	g.Log("an unlock of %s has failed; trying again for %v", g.NS, g.Deadline)
-	since, poll := time.Now(), firstPoll
+	since, poll, said := time.Now(), firstPoll, false
 	for {
-		select {
-		case <-over:
-			return false
-		case <-time.After(poll):
-		}
-		err := g.pay()
+		err := g.pay() // the first time to see what it is about
 		switch {
 		case err == nil:
 			return g.Phase == Dump || g.client.Load()
@@ -128,9 +157,29 @@ func (g *Guard) payOff(over <-chan struct{}) bool {
 			g.debt.set(GaveUp)
 			g.Log("%v; gave up after %v: run criu-netlock unlock", err, g.Deadline)
 			return false
+		case !said:
+			g.Log("an unlock of %s has failed; trying again for %v: %v", g.NS, g.Deadline, err)
+			said = true
+		}
+		select {
+		case <-over:
+			return false
+		case <-time.After(poll):
 		}
 		poll = min(2*poll, lastPoll)
 	}
+}
+
+// watch is what the guard is at, to who asks.
+func (g *Guard) watch() Watch {
+	if g.debt.get() == GaveUp { // perhaps somebody else has unlocked since, and locked again
+		ctx, cancel := context.WithTimeout(context.Background(), fresh)
+		defer cancel()
+		if st, err := g.Locker.State(ctx, g.NS); err == nil {
+			g.owes(st)
+		}
+	}
+	return g.debt.get()
 }
 
 // Actions that are none of CRIU's: a request that asks for a Watch; one that leaves an unlock to
@@ -143,23 +192,22 @@ const (
 	askUnlocked = "guard-unlocked"
 )
 
-// Alive asks the live guards what they are at, by the inode of their namespace. One that is too
-// slow to answer watches.
-func Alive() map[uint64]Watch {
-	out := make(map[uint64]Watch)
-	names, _ := filepath.Glob(filepath.Join(Dir, "*.*.*"))
+// At asks the live guards of a namespace what they are at; 0 says that there is none. One that is
+// too slow to answer watches.
+func At(netns uint64) (at Watch) {
+	if trusted(Dir) != nil {
+		return 0
+	}
+	names, _ := filepath.Glob(filepath.Join(Dir, strconv.FormatUint(netns, 10)+".*.*"))
 	for _, path := range names {
-		word, _, _ := strings.Cut(filepath.Base(path), ".")
-		ino, err := strconv.ParseUint(word, 10, 64)
-		if err != nil || !alive(path) {
+		if !alive(path) {
 			continue
 		}
-		w := watchOf(path, fresh)
-		if had, ok := out[ino]; !ok || w < had {
-			out[ino] = w
+		if w := watchOf(path, fresh); at == 0 || w < at {
+			at = w
 		}
 	}
-	return out
+	return at
 }
 
 func watchOf(path string, wait time.Duration) Watch {
@@ -192,12 +240,13 @@ func locksElsewhere(dir string, netns uint64, criu int) bool {
 	return false
 }
 
-// Owe leaves an unlock that a hook could not do to the guard of its checkpoint, if there is one.
-func Owe(netns uint64, criu, task int) { tell(netns, criu, task, askOwe) }
+// Owe leaves an unlock that a hook could not do to the guard of its checkpoint, if there is one that
+// listens in time.
+func Owe(netns uint64, criu, task int, wait time.Duration) { tell(netns, criu, task, askOwe, wait) }
 
 // tell says something to the guard of a checkpoint, if there is one.
-func tell(netns uint64, criu, task int, action string) {
-	_, _ = ask(filepath.Join(Dir, nameOf(netns, criu)), fresh, Request{Action: action, PID: strconv.Itoa(task)}) // nobody else would know better
+func tell(netns uint64, criu, task int, action string, wait time.Duration) {
+	_, _ = ask(filepath.Join(Dir, nameOf(netns, criu)), wait, Request{Action: action, PID: strconv.Itoa(task)}) // nobody else would know better
 }
 
 func ask(path string, wait time.Duration, r Request) (answer string, err error) {

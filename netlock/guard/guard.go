@@ -122,6 +122,8 @@ type Guard struct {
 	// client: the client has said that all is over, but for an unlock.
 	client atomic.Bool
 	gone   time.Time // when CRIU, or its client, was gone
+	// working: what once waited for was a CRIU that is not known.
+	working bool
 	// restored: post-restore has succeeded, after which CRIU lets the tasks go.
 	restored atomic.Bool
 }
@@ -275,7 +277,7 @@ func (g *Guard) dir() string {
 func (g *Guard) hook(r Request) Answer {
 	switch r.Action {
 	case askWatch:
-		return Answer{Line: strconv.Itoa(int(g.debt.get()))}
+		return Answer{Line: strconv.Itoa(int(g.watch()))}
 	case askShared:
 		if g.Share != nil {
 			g.Share()
@@ -359,13 +361,21 @@ func (g *Guard) settle(done <-chan struct{}) error {
 			default:
 				return nil
 			}
-		case <-g.Quit:
+		case <-g.quit(v == wait && err == nil && !g.working):
 			g.Log("the guard is told to end, and %s stays locked: see criu-netlock list", g.NS)
 			return nil
 		case <-time.After(poll):
 		}
 		poll = min(2*poll, lastPoll)
 	}
+}
+
+// quit is where the guard is told to end, if nothing but a stopped task keeps it, which can last.
+func (g *Guard) quit(idle bool) <-chan os.Signal {
+	if !idle {
+		return nil
+	}
+	return g.Quit
 }
 
 // once looks and acts in its turn: a checkpoint that begins meanwhile has its guard in
@@ -386,16 +396,17 @@ func (g *Guard) once() (verdict, error) {
 	if err != nil {
 		return wait, err
 	}
-	f := facts{phase: g.Phase, found: st.Found, wasFrozen: g.WasFrozen, wasLocked: g.WasLocked, policy: g.Policy, owed: g.debt.get() > Watches}
+	f := facts{phase: g.Phase, found: st.Found, wasFrozen: g.WasFrozen, wasLocked: g.WasLocked, policy: g.Policy, owed: g.owes(st)}
 	if f.policy == "" {
 		f.policy = g.Default
 	}
 	f.abandoned = g.ClientFD >= 0 && waitPidfd(g.ClientFD, 0)
 	// A task that CRIU has just killed takes a moment to be dead.
-	f.alive = !waitPidfd(g.TaskFD, int(dyingTime.Milliseconds()))
+	f.alive, g.working = !waitPidfd(g.TaskFD, int(dyingTime.Milliseconds())), false
 	if f.alive {
 		f.stopped, f.frozen = Stopped(g.Task), Frozen(g.Task)
 		f.working = g.CRIU == 0 && (g.Phase == Dump && traced(g.Task) || g.Phase == Restore && time.Since(g.gone) < restoreTime)
+		g.working = f.working
 		f.letGo = f.found && g.Phase == Restore && g.restored.Load() && !f.working && letGo(g.Task, g.TaskFD)
 	}
 	v := decide(f)

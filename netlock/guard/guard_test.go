@@ -130,11 +130,12 @@ func TestStopped(t *testing.T) {
 type fake struct {
 	found   atomic.Bool
 	fail    atomic.Int32 // so many unlocks fail
+	by      atomic.Int32 // the pid of who has locked
 	unlocks atomic.Int32
 }
 
 func (f *fake) State(context.Context, *netlock.Namespace) (netlock.State, error) {
-	return netlock.State{Found: f.found.Load(), Locked: f.found.Load()}, nil
+	return netlock.State{Found: f.found.Load(), Locked: f.found.Load(), Caller: netlock.Caller{PID: int(f.by.Load())}}, nil
 }
 
 func (f *fake) Unlock(context.Context, *netlock.Namespace) (netlock.State, error) {
@@ -436,6 +437,7 @@ func TestOwesNothing(t *testing.T) {
 	l := newLab(t, Dump, tempDir(t), namespace(t))
 	code := 8
 	l.Hook = func(r Request) Answer { return Answer{Code: code, Line: "said\n"} }
+	l.lock.fail.Store(1 << 20)
 	l.Deadline = time.Hour
 	l.start(t)
 	l.ask(t, "network-unlock", l.task+1)
@@ -452,12 +454,64 @@ func TestOwesNothing(t *testing.T) {
 	}
 	code = 0
 	l.ask(t, "network-lock", l.task)
-	time.Sleep(2 * firstPoll) // it would have tried
-	if l.debt.get() != Locks || l.lock.unlocks.Load() != 0 {
-		t.Error("owes an unlock of what was locked anew, or has done it")
+	tried := l.lock.unlocks.Load()
+	time.Sleep(4 * firstPoll) // it would have tried
+	if l.debt.get() != Locks || l.lock.unlocks.Load() > tried {
+		t.Error("owes an unlock of what was locked anew, or has tried it")
 	}
 	l.ask(t, "network-unlock", l.task)
 	l.ends(t)
+}
+
+// What is owed is an unlock of that lock: of the next one, which another checkpoint has made since, it is
+// none, whether the guard still tries or has given up.
+func TestOwesNotTheNextLock(t *testing.T) {
+	for _, gaveUp := range []bool{false, true} {
+		t.Run(fmt.Sprint("gave up ", gaveUp), func(t *testing.T) {
+			l := newLab(t, Dump, tempDir(t), namespace(t))
+			l.lock.fail.Store(1 << 20)
+			l.lock.by.Store(1)
+			l.Deadline = time.Hour
+			if gaveUp {
+				l.Deadline = 10 * time.Millisecond
+			}
+			l.Hook = func(r Request) Answer { return Answer{Code: 8, Line: "no\n"} }
+			l.start(t)
+			l.ask(t, "network-unlock", l.task)
+			if gaveUp {
+				eventually(t, "given up", func() bool { return l.ask(t, askWatch, 0) == fmt.Sprint("000 ", int(GaveUp)) })
+			} else {
+				eventually(t, "tried", func() bool { return l.lock.unlocks.Load() > 1 })
+			}
+			l.lock.by.Store(2)
+			eventually(t, "nothing owed", func() bool { return l.ask(t, askWatch, 0) == fmt.Sprint("000 ", int(Watches)) })
+			l.lock.fail.Store(0)
+			tried := l.lock.unlocks.Load()
+			// Its dump was one that kills.
+			kill(t, l.task)
+			kill(t, l.criu)
+			l.ends(t)
+			if !l.lock.found.Load() || l.lock.unlocks.Load() > tried {
+				t.Errorf("the next one's lock was taken off: %q", l.log)
+			}
+		})
+	}
+}
+
+// A guard that was told to end before CRIU was, as the processes of a service are, still does what it is
+// for.
+func TestToldToEndWithALock(t *testing.T) {
+	quit := make(chan os.Signal, 1)
+	quit <- unix.SIGTERM
+	l := newLab(t, Dump, tempDir(t), namespace(t))
+	l.Quit = quit
+	l.lock.fail.Store(3)
+	l.start(t)
+	kill(t, l.criu)
+	l.ends(t)
+	if l.lock.found.Load() {
+		t.Errorf("an unlock that failed was not tried again: %q", l.log)
+	}
 }
 
 // Told to end while CRIU lives a guard stays; and without CRIU it looks once.

@@ -105,7 +105,7 @@ func (l *Link) Locks(wants bool) {
 		word, action = locked, askLocked
 	}
 	if l.shared { // others ask the guard in their turn, which may be next
-		tell(l.netns, l.id, l.task, action)
+		tell(l.netns, l.id, l.task, action, fresh)
 	} else {
 		l.say(word)
 	}

@@ -188,6 +188,12 @@ func sweep(dir string) {
 		return
 	}
 	defer t.done()
+	holders, _ := filepath.Glob(filepath.Join(dir, "hold-*-*"))
+	for _, path := range holders {
+		if !alive(path) {
+			_ = os.Remove(path) // it is in nobody's way
+		}
+	}
 	names, _ := filepath.Glob(filepath.Join(dir, "*.*.*"))
 	for _, path := range names {
 		f := strings.Split(filepath.Base(path), ".")

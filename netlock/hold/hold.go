@@ -106,16 +106,20 @@ func (k *held) begin() error {
 }
 
 // bound has the kernel, which counts packets, keep as many more as fit into the bytes that are
-// left, were all as long as the longest. Where that is none, one more is kept: so no less than
-// the bytes are held, and no more than one packet above, unless longer ones than any before come
-// faster than they are read of.
+// left, were all as long as those before; in the last quarter, as the longest of them. Where that is
+// none, one more is kept: so no less than the bytes are held, and no more than one packet above,
+// unless longer ones than any before come faster than they are read of.
 func (k *held) bound() {
 	n, size, _ := k.Seen()
 	n += k.before - k.past
 	size += k.before*usual - k.pastSize
 	limit := uint64(1) // those that are there, and no more
 	if size < k.bytes {
-		limit = n + max(1, (k.bytes-size)/max(usual, k.Longest()))
+		left, long := k.bytes-size, size/max(1, n)
+		if left < k.bytes/4 {
+			long = k.Longest()
+		}
+		limit = n + max(1, left/max(usual, long))
 	}
 	if l := uint32(min(limit, uint64(k.packets))); l != k.limit && k.SetMaxLen(l) == nil {
 		k.limit = l
@@ -131,21 +135,24 @@ func (k *held) stop() {
 
 // Look is for who has time for it before the container is frozen: which queues the rules of the
 // namespace name Bind then need not find out. What has changed by then it does not see.
+// Nor does it see what takes too long to read, and Bind will not try again.
 func (h *Holder) Look(ctx context.Context, ns *netlock.Namespace) error {
+	ctx, cancel := context.WithTimeout(ctx, calmTime)
+	defer cancel()
 	var theirs spans
 	err := ns.Do(func() error {
 		theirs = named(ctx)
 		return ctx.Err()
 	})
-	if err != nil {
-		return failure("look for queues", ns, err)
-	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.looked == nil {
 		h.looked = map[uint64]spans{}
 	}
 	h.looked[ns.Inode()] = theirs
+	if err != nil {
+		return failure("look for queues", ns, err)
+	}
 	return nil
 }
 

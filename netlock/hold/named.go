@@ -20,6 +20,8 @@ import (
 // read up to lookSize, some 5,000 rules.
 const (
 	lookTime = 3 * time.Millisecond
+	// calmTime bounds it where nothing is frozen yet.
+	calmTime = 50 * time.Millisecond
 	lookSize = 1 << 20
 )
 

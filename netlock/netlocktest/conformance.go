@@ -259,6 +259,7 @@ func Conformance(t *testing.T, c Config) {
 	t.Run("side by side", c.sideBySide)
 	t.Run("deadline", c.deadline)
 	t.Run("replay", c.replay)
+	t.Run("owner", c.owner)
 }
 
 // cycle is a lock's life: twice put on, twice taken off, seen from outside.
