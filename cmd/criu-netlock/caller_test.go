@@ -69,6 +69,7 @@ func TestHookOfADeadCRIU(t *testing.T) {
 				continue // what was there before they do not look at
 			}
 			t.Run(action+" "+name, func(t *testing.T) {
+				t.Parallel()
 				s := newSpace(t)
 				before := s.rules(t)
 				l := newLonely(t, s, action, late)

@@ -120,6 +120,7 @@ func TestHookHasNoOtherCapabilities(t *testing.T) {
 			{"auto", "pre-dump", "unshare:delay_enter", ""},
 		} {
 			t.Run(filepath.Base(filepath.Dir(exe))+" "+c.action+" "+c.backend, func(t *testing.T) {
+				t.Parallel()
 				s := newSpace(t)
 				if c.action == "network-unlock" {
 					hook(t, "network-lock", s.pid).want(t, 0)

@@ -543,6 +543,7 @@ func TestGuardToldToEnd(t *testing.T) {
 func TestGuardOwesAnUnlock(t *testing.T) {
 	for _, gaveUp := range []bool{false, true} {
 		t.Run(fmt.Sprint("gave up ", gaveUp), func(t *testing.T) {
+			t.Parallel()
 			limit := "60s"
 			if gaveUp {
 				limit = "1s"

@@ -332,6 +332,8 @@ type Runc struct {
 	// Shared puts the container, and runc with CRIU, into the peer's namespace: it
 	// plays a container on the host's network.
 	Shared bool
+	// Pod is the container whose namespace it joins, if any.
+	Pod *Runc
 	// Env is put before runc: variables that it, and CRIU, are to have.
 	Env     []string
 	running bool
@@ -339,11 +341,17 @@ type Runc struct {
 
 // Netns is the namespace's name in /run/netns.
 func (e *Runc) Netns() string {
-	if e.Shared {
+	switch {
+	case e.Shared:
 		return e.Net.Path()
+	case e.Pod != nil:
+		return e.Pod.Netns()
 	}
 	return NetnsPath(e.ID)
 }
+
+// ownNetns tells whether the namespace is made for the container.
+func (e *Runc) ownNetns() bool { return !e.Shared && e.Pod == nil }
 
 // PID is the container's first process.
 func (e *Runc) PID() int {
@@ -360,7 +368,7 @@ func (e *Runc) PID() int {
 
 // Start makes the namespace and a bundle, and runs it.
 func (e *Runc) Start(ctx context.Context) error {
-	if !e.Shared {
+	if e.ownNetns() {
 		if _, err := e.S.Run(ctx, "ip", "netns", "add", e.ID); err != nil {
 			return err
 		}
@@ -522,8 +530,11 @@ func (e *Runc) Restore(ctx context.Context) error {
 func (e *Runc) Destroy(ctx context.Context) error {
 	_, err := e.S.Run(ctx, "runc", "delete", "--force", e.ID)
 	e.running = false
+	if e.Pod != nil {
+		return err
+	}
 	var err2 error
-	if !e.Shared {
+	if e.ownNetns() {
 		_, err2 = e.S.Run(ctx, "ip", "netns", "del", e.ID)
 	}
 	return errors.Join(err, err2, e.Net.Detach(ctx))
