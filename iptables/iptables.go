@@ -453,6 +453,7 @@ func (b *Backend) Lock(ctx context.Context, ns *netlock.Namespace, o netlock.Opt
 // lock puts a lock of variant v in, unless an intact one is there, and then removes
 // everything else of ours.
 func (s *session) lock(v Variant) (res netlock.Result, err error) {
+	nothing := false // was there, the first time
 	for try := 1; ; try++ {
 		if err := s.ended("lock"); err != nil {
 			return res, err
@@ -467,6 +468,7 @@ func (s *session) lock(v Variant) (res netlock.Result, err error) {
 		if err != nil {
 			return res, err
 		}
+		nothing = nothing || try == 1 && len(ps) == 0
 		for i := range ps {
 			if ps[i].why == "" && ps[i].caller.Over() {
 				ps[i].why = "it is of a checkpoint that is over"
@@ -505,7 +507,7 @@ func (s *session) lock(v Variant) (res netlock.Result, err error) {
 		case err != nil:
 			return res, err
 		case alone:
-			return netlock.Result{Backend: full(v), Mode: s.queue.mode()}, s.ended("lock")
+			return netlock.Result{Backend: full(v), New: nothing, Mode: s.queue.mode()}, s.ended("lock")
 		case s.queue != "" && try >= holdTries:
 			s.dropInstead(errors.New("it does not read back as it was made"))
 		case try == tries:

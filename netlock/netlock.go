@@ -45,6 +45,8 @@ type Result struct {
 	Backend string
 	// Already is true if an intact lock was there and was left alone.
 	Already bool
+	// New is true if nothing of ours was there before.
+	New bool
 	// Mode is the lock's. NotHeld says why it is Drop where Hold was asked for.
 	Mode    Mode
 	NotHeld error
@@ -137,9 +139,11 @@ func (l *Locker) Lock(ctx context.Context, ns *Namespace) (Result, error) {
 			if other == b {
 				continue
 			}
-			if _, err := other.Unlock(ctx, ns, l.Options); err != nil && !errors.Is(err, ErrUnsupported) {
+			st, err := other.Unlock(ctx, ns, l.Options)
+			if err != nil && !errors.Is(err, ErrUnsupported) {
 				return res, l.undo(ctx, ns, b, res, err)
 			}
+			res.New = res.New && !st.Found
 		}
 		return res, nil
 	}

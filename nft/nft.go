@@ -154,6 +154,8 @@ type session struct {
 	queue   *queue
 	fresh   bool // the Holder has it from this call
 	notHeld error
+	// made: nothing of ours was there.
+	made bool
 	// mode of the lock that there is, or was made.
 	mode netlock.Mode
 }
@@ -531,6 +533,7 @@ func (b *Backend) Lock(ctx context.Context, ns *netlock.Namespace, o netlock.Opt
 	text := netlock.Comment(b.now(), o.Caller)
 	err = b.in(ctx, ns, o, func(s *session) error {
 		res.Already, err = s.lock(text)
+		res.New = s.made
 		res.Mode, res.NotHeld = s.mode, s.notHeld
 		if err != nil {
 			s.unbind()
@@ -583,6 +586,7 @@ func (s *session) lock(text string) (already bool, err error) {
 			continue
 		}
 		if len(was.ours) == 0 { // nor did anything come meanwhile
+			s.made = true
 			if err == nil && was.gen != 0 {
 				s.ns.Moved(was.gen, following(was.gen))
 				s.remember(following(was.gen), name, text)

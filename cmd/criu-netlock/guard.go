@@ -48,6 +48,9 @@ func startGuard(ev action.Event, rep action.Report, by *criu, holder *guard.Hold
 		return err
 	}
 	defer ns.Close()
+	if guard.Beside(ns.Inode(), by.pid) {
+		wait = readyTime // before the other one unlocks it is to know of this one
+	}
 	c, err := guard.Open(phase, ns, by.pid, by.fd, ev.PID)
 	if err != nil {
 		return err
@@ -77,9 +80,9 @@ func leaves(ev action.Event, ns *netlock.Namespace) bool {
 	return guard.LocksElsewhere(ns.Inode(), by.pid)
 }
 
-// oweUnlock leaves an unlock that has failed to the guard, for which there is so much time:
-// nobody calls for it again.
-func oweUnlock(ev action.Event, rep action.Report, left time.Duration) {
+// tellUnlock tells the guard, which has not answered, of an unlock: one that has failed nobody
+// calls for again.
+func tellUnlock(ev action.Event, rep action.Report, failed bool) {
 	by, err := findCRIU(ev)
 	if err != nil || by == nil {
 		return // its guard knows what to do without CRIU
@@ -94,8 +97,11 @@ func oweUnlock(ev action.Event, rep action.Report, left time.Duration) {
 		defer ns.Close()
 		netns = ns.Inode()
 	}
-	const least, most = 20 * time.Millisecond, 200 * time.Millisecond
-	guard.Owe(netns, by.pid, ev.PID, min(max(left-early.SayTime, least), most))
+	if failed {
+		guard.Owe(netns, by.pid, ev.PID)
+	} else {
+		guard.Unlocked(netns, by.pid, ev.PID, string(ev.Action))
+	}
 }
 
 // opener gives out the guard's own handle while that is the task's namespace.
@@ -191,7 +197,7 @@ func runGuard(args []string) int {
 				return v, v != ""
 			}, criu: criu}
 			code, line := h.run()
-			return guard.Answer{Code: code, Line: line}
+			return guard.Answer{Code: code, Line: line, Fresh: h.fresh}
 		},
 	}
 	// The lock of the checkpoint is not to be the first thing that this process does. One in

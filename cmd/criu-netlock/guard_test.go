@@ -395,6 +395,10 @@ func restorePart(t *testing.T, pid string) *part {
 		func() {
 			c.ok(t, pid, "setup-namespaces")
 			c.guard(t)
+			eventually(t, "in its place", func() bool {
+				names, err := filepath.Glob(fmt.Sprintf("%s/%d.*.%d", guard.Dir, netnsOf(t, pid), c.Process.Pid))
+				return err == nil && len(names) == 1
+			})
 			c.ok(t, pid, "post-setup-namespaces", "post-restore")
 		},
 		func() string {

@@ -39,6 +39,7 @@ type hookCall struct {
 	// open, leave, phase, holder and kernel are the guard's.
 	open   func(pid int) (ns *netlock.Namespace, release func(), err error)
 	leave  bool
+	fresh  bool // the hook has locked where nothing of ours was
 	phase  guard.Phase
 	holder *guard.Holder
 	kernel *nft.Kernel
@@ -71,6 +72,7 @@ func (h *hookCall) run() (code int, line string) {
 		if cfgErr == nil || unlocks {
 			type outcome struct {
 				rep    action.Report
+				fresh  bool
 				unshed error
 			}
 			var out outcome
@@ -80,7 +82,8 @@ func (h *hookCall) run() (code int, line string) {
 				notHeld := h.hold(l, cfg, ev, by)
 				a := action.Handler{
 					Locker: l, Open: h.open, Trial: func(ctx context.Context) (netlock.Result, error) { return netlock.Trial(ctx, l) },
-					Leave: func(ns *netlock.Namespace) bool { return h.leave || h.guard == 0 && leaves(ev, ns) },
+					Locked: func(fresh bool) { out.fresh = fresh },
+					Leave:  func(ns *netlock.Namespace) bool { return h.leave || h.guard == 0 && leaves(ev, ns) },
 				}
 				a.Found = func(was bool) {
 					l.Options.Caller.Fallback = guard.Policy(cfg.OnFailedRestore).Fallback(was)
@@ -103,9 +106,10 @@ func (h *hookCall) run() (code int, line string) {
 				}
 				return out, err
 			})
-			rep, unshed = out.rep, out.unshed
-			if unlocks && h.guard == 0 && err != nil && netlock.KindOf(err) != netlock.KindTampered {
-				oweUnlock(ev, rep, time.Until(h.start.Add(cfg.Timeout)))
+			rep, unshed, h.fresh = out.rep, out.unshed, out.fresh
+			if unlocks && h.guard == 0 {
+				failed := err != nil && netlock.KindOf(err) != netlock.KindTampered
+				tellUnlock(ev, rep, failed)
 			}
 			if err == nil && h.guard == 0 && cfg.Guard {
 				unguarded = startGuard(ev, rep, by, h.holder)

@@ -182,6 +182,9 @@ type Handler struct {
 	Wanted func() error
 	// Leave: what an unlock would take off is left to another checkpoint in the namespace.
 	Leave func(*netlock.Namespace) bool
+	// Locked, if set, is told that the namespace is locked, in its turn, and whether nothing of
+	// ours was there.
+	Locked func(fresh bool)
 	// Found, if set, is told at setup-namespaces whether the namespace was locked before this
 	// restore, before it is locked.
 	Found func(wasLocked bool)
@@ -325,6 +328,9 @@ func (h *Handler) lock(ctx context.Context, ns *netlock.Namespace, ev Event, rep
 	if err := h.wanted(ns); err != nil && !was && !res.Already {
 		_, undo := h.Locker.Unlock(ctx, ns)
 		return errors.Join(err, undo)
+	}
+	if h.Locked != nil {
+		h.Locked(res.New)
 	}
 	rep.Backend, rep.Mode, rep.NotHeld = res.Backend, res.Mode, res.NotHeld
 	switch {

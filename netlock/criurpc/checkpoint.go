@@ -90,10 +90,11 @@ func (c *Checkpoint) byTable(ctx context.Context, ev action.Event) (action.Repor
 		c.locker = &l
 		c.handler = &action.Handler{
 			Locker: &l, Open: c.openHeld,
-			Trial: func(ctx context.Context) (netlock.Result, error) { return netlock.Trial(ctx, &l) },
-			Turn:  c.inTurn,
-			Leave: func(*netlock.Namespace) bool { return c.link.Leaves() },
-			Found: func(was bool) { l.Options.Caller.Fallback = c.o.OnFailedRestore.Fallback(was) },
+			Trial:  func(ctx context.Context) (netlock.Result, error) { return netlock.Trial(ctx, &l) },
+			Turn:   c.inTurn,
+			Locked: func(fresh bool) { c.link.Locks(fresh) },
+			Leave:  func(*netlock.Namespace) bool { return c.link.Leaves() },
+			Found:  func(was bool) { l.Options.Caller.Fallback = c.o.OnFailedRestore.Fallback(was) },
 		}
 	}
 	c.op = action.OpOf(ev.Action)
@@ -152,8 +153,8 @@ func (c *Checkpoint) Handle(ctx context.Context, name action.Name, pid int) (act
 func (c *Checkpoint) inTurn(_ *netlock.Namespace, f func() error) (err error) {
 	c.link.InTurn(time.Now().Add(c.o.timeout()/2), func() {
 		err = f()
-		if unlocks := c.op == action.Unlock || c.op == action.Sweep; unlocks || err == nil {
-			c.link.Locks(!unlocks)
+		if c.op == action.Unlock || c.op == action.Sweep {
+			c.link.Unlocks()
 		}
 	})
 	return err

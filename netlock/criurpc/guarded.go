@@ -75,6 +75,9 @@ func (c *Checkpoint) guardFrom(name action.Name, rep action.Report) error {
 	if g.Policy == "" {
 		g.Policy = guard.Previous
 	}
+	if guard.Beside(ns.Inode(), g.CRIU) {
+		wait = readyTime // before the other one unlocks it is to know of this one
+	}
 	var env []string
 	for _, name := range []string{config.EnvPath, "PATH"} {
 		if v, ok := os.LookupEnv(name); ok {
@@ -82,5 +85,8 @@ func (c *Checkpoint) guardFrom(name action.Name, rep action.Report) error {
 		}
 	}
 	c.link, err = guard.Start(exe, g, env, wait)
+	if c.phase == guard.Restore {
+		c.link.Locks(false)
+	}
 	return err
 }

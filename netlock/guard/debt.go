@@ -7,10 +7,11 @@ package guard
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"path/filepath"
+	"slices"
 	"strconv"
-	"strings"
 	"sync"
 	"time"
 
@@ -38,8 +39,12 @@ type debt struct {
 	at   Watch
 	wake chan struct{} // a debt was made
 	// of is the lock that it is about: a later one is somebody's who wants it. It is the zero one
-	// until it was read.
-	of lockID
+	// until it was read, and then one that was there when the unlock failed.
+	of   lockID
+	when time.Time
+	// since is CLOCK_MONOTONIC when the checkpoint has locked, and made the same where it found
+	// nothing: whoever says that they had locked before that has lost their lock.
+	since, made int64
 }
 
 // lockID tells one lock from the next.
@@ -58,7 +63,7 @@ func (g *Guard) owes(st netlock.State) bool {
 		return false
 	}
 	id := lockID{st.Caller, st.Since}
-	if d.of == (lockID{}) {
+	if d.of == (lockID{}) && !st.Since.After(d.when) { // which tells whole seconds
 		d.of = id
 	}
 	if !st.Found || d.of != id {
@@ -68,13 +73,13 @@ func (g *Guard) owes(st netlock.State) bool {
 	return true
 }
 
-func (d *debt) make() {
+func (d *debt) make(when time.Time) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.at == Owes {
 		return // the guard and the hook may both say so
 	}
-	d.at, d.of = Owes, lockID{}
+	d.at, d.of, d.when = Owes, lockID{}, when
 	select {
 	case d.wake <- struct{}{}:
 	default:
@@ -90,6 +95,22 @@ func (d *debt) set(w Watch) {
 	}
 }
 
+// locks says that the checkpoint has locked, and whether there was no lock before.
+func (d *debt) locks(fresh bool) {
+	d.set(Locks)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.since = monotonic(); fresh {
+		d.made = d.since
+	}
+}
+
+func (d *debt) times() (since, made int64) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.since, d.made
+}
+
 func (d *debt) get() Watch {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -100,17 +121,17 @@ func (d *debt) get() Watch {
 func (r Request) unlocks() bool { return r.Action == "network-unlock" || r.Action == "post-resume" }
 
 // after looks at what became of a hook's work.
-func (g *Guard) after(r Request, code int) {
-	switch {
+func (g *Guard) after(r Request, a Answer) {
+	switch code := a.Code; {
 	case r.Action == "pre-dump":
 	case !r.unlocks():
 		if code == 0 {
-			g.debt.set(Locks) // and if an unlock was owed, a lock is wanted again
+			g.debt.locks(a.Fresh) // and if an unlock was owed, a lock is wanted again
 		}
 	case code == 0, code == netlock.ExitCode(&netlock.Error{Kind: netlock.KindTampered}):
 		g.debt.set(Watches)
 	default:
-		g.debt.make()
+		g.debt.make(time.Now())
 	}
 }
 
@@ -189,6 +210,7 @@ const (
 	askOwe      = "guard-owe"
 	askShared   = "guard-shared"
 	askLocked   = "guard-locked"
+	askMade     = "guard-made" // and there was no lock
 	askUnlocked = "guard-unlocked"
 )
 
@@ -203,50 +225,83 @@ func At(netns uint64) (at Watch) {
 		if !alive(path) {
 			continue
 		}
-		if w := watchOf(path, fresh); at == 0 || w < at {
+		if w, _ := watchOf(path, fresh); at == 0 || w < at {
 			at = w
 		}
 	}
 	return at
 }
 
-func watchOf(path string, wait time.Duration) Watch {
+// watchOf asks one guard what it is at, and since when its checkpoint has locked.
+func watchOf(path string, wait time.Duration) (w Watch, since int64) {
 	answer, err := ask(path, wait, Request{Action: askWatch})
-	if w, e := strconv.Atoi(strings.TrimPrefix(answer, "000 ")); err == nil && e == nil && Watch(w) >= Locks && Watch(w) <= GaveUp {
-		return Watch(w)
+	if n, e := fmt.Sscanf(answer, "000 %d %d", &w, &since); err != nil || e != nil || n != 2 || w < Locks || w > GaveUp {
+		return Watches, 0
 	}
-	return Watches
+	return w, since
 }
 
 // locksElsewhere tells whether another checkpoint has locked the namespace, and still wants it
 // so: the lock is left to that one.
-func (g *Guard) locksElsewhere() bool { return locksElsewhere(g.dir(), g.NS.Inode(), g.id()) }
+func (g *Guard) locksElsewhere() bool {
+	_, made := g.debt.times()
+	return locksElsewhere(g.dir(), g.NS.Inode(), g.id(), made)
+}
 
 // LocksElsewhere is that for a hook of CRIU's, in its turn, whose own guard did not answer.
 func LocksElsewhere(netns uint64, criu int) bool {
-	return trusted(Dir) == nil && locksElsewhere(Dir, netns, criu)
+	return trusted(Dir) == nil && locksElsewhere(Dir, netns, criu, 0)
 }
 
-// besideTime is how long an unlock may wait for what another checkpoint's guard says. One that
-// is slower is stopped, and wants nothing.
-const besideTime = 100 * time.Millisecond
-
-func locksElsewhere(dir string, netns uint64, criu int) bool {
+func locksElsewhere(dir string, netns uint64, criu int, made int64) bool {
 	for _, path := range placesBeside(dir, netns, criu) {
-		if watchOf(path, besideTime) == Locks {
+		if w, since := watchOf(path, besideTime); w == Locks && since > made {
 			return true
 		}
 	}
 	return false
 }
 
-// Owe leaves an unlock that a hook could not do to the guard of its checkpoint, if there is one that
-// listens in time.
-func Owe(netns uint64, criu, task int, wait time.Duration) { tell(netns, criu, task, askOwe, wait) }
+// Beside tells whether another checkpoint in the namespace has a guard.
+func Beside(netns uint64, criu int) bool {
+	return slices.ContainsFunc(placesBeside(Dir, netns, criu), alive)
+}
 
-// tell says something to the guard of a checkpoint, if there is one.
-func tell(netns uint64, criu, task int, action string, wait time.Duration) {
-	_, _ = ask(filepath.Join(Dir, nameOf(netns, criu)), wait, Request{Action: action, PID: strconv.Itoa(task)}) // nobody else would know better
+// besideTime is how long an unlock may wait for what another checkpoint's guard says. One that
+// is slower is stopped, and wants nothing.
+const besideTime = 100 * time.Millisecond
+
+// Owe leaves an unlock that a hook could not do to the guard of its checkpoint, if there is one: that
+// did not answer, and hears of it when it can.
+func Owe(netns uint64, criu, task int) { leave(netns, criu, request(askOwe, task)) }
+
+// Unlocked tells it that the hook has done it.
+func Unlocked(netns uint64, criu, task int, action string) {
+	r := request(askUnlocked, task)
+	r.ImageDir = action
+	leave(netns, criu, r)
+}
+
+func request(action string, task int) Request {
+	return Request{Action: action, PID: strconv.Itoa(task), Sent: monotonic()}
+}
+
+func leave(netns uint64, criu int, r Request) {
+	c, err := net.DialUnix("unixpacket", nil, &net.UnixAddr{Name: filepath.Join(Dir, nameOf(netns, criu)), Net: "unixpacket"})
+	if err != nil {
+		return // there is none
+	}
+	defer c.Close()
+	_ = c.SetDeadline(time.Now().Add(sayTime)) // without one there is nobody to wait for either
+	_, _ = c.Write(r.encode())
+}
+
+// sayTime is how long the guard's socket may be full.
+const sayTime = 20 * time.Millisecond
+
+// tell says something to the guard of a checkpoint, if there is one, and waits for it.
+func tell(netns uint64, criu, task int, action string) {
+	_, _ = ask(filepath.Join(Dir, nameOf(netns, criu)), fresh, request(action, task)) // nobody else would know better
 }
 
 func ask(path string, wait time.Duration, r Request) (answer string, err error) {

@@ -196,8 +196,14 @@ func (g *Guard) Serve() error {
 	}
 	g.place = s
 	g.debt = debt{at: Watches, wake: make(chan struct{}, 1)}
-	if g.Phase == Restore {
-		g.debt.at = Locks // who has started us
+	if g.Phase == Restore && g.Client == 0 {
+		// The hook that has started us has locked; when, is not known so well. On a busy machine all
+		// may be over by now.
+		ctx, cancel := context.WithTimeout(context.Background(), unlockTime)
+		if st, err := g.Locker.State(ctx, g.NS); err != nil || st.Found {
+			g.debt.locks(false)
+		}
+		cancel()
 	}
 	defer s.close()
 	done := make(chan struct{}, 1)
@@ -228,13 +234,13 @@ func (g *Guard) Serve() error {
 			return nil
 		case w := <-g.Words:
 			switch w {
-			case locked:
-				g.debt.set(Locks)
+			case locked, made:
+				g.debt.locks(w == made)
 			case unlocked:
 				g.debt.set(Watches)
 			case Unpaid:
 				g.client.Store(true)
-				g.debt.make()
+				g.debt.make(time.Now())
 			default:
 				return nil
 			}
@@ -277,25 +283,26 @@ func (g *Guard) dir() string {
 func (g *Guard) hook(r Request) Answer {
 	switch r.Action {
 	case askWatch:
-		return Answer{Line: strconv.Itoa(int(g.watch()))}
+		since, _ := g.debt.times()
+		return Answer{Line: fmt.Sprint(int(g.watch()), " ", since)}
 	case askShared:
 		if g.Share != nil {
 			g.Share()
 		}
 		return Answer{}
-	case askOwe, askLocked, askUnlocked:
+	case askOwe, askLocked, askMade, askUnlocked:
 		if r.PID != strconv.Itoa(g.Task) {
 			return Answer{}
 		}
 		switch r.Action {
 		case askOwe:
-			g.debt.make()
-		case askLocked:
-			g.debt.set(Locks)
+			g.debt.make(time.Now().Add(time.Duration(r.Sent - monotonic())))
+		case askLocked, askMade:
+			g.debt.locks(r.Action == askMade)
 		case askUnlocked:
 			g.debt.set(Watches)
 		}
-		return Answer{}
+		return Answer{over: r.Action == askUnlocked && g.ends(r.ImageDir)}
 	}
 	if r.expired() {
 		return Answer{Code: notDone}
@@ -316,14 +323,18 @@ func (g *Guard) hook(r Request) Answer {
 	if !ours {
 		return a
 	}
-	g.after(r, a.Code)
+	g.after(r, a)
 	if r.Action == "post-restore" && a.Code == 0 {
 		g.restored.Store(true)
 	}
-	// After an unlock that worked a dump is over; a restore's is when post-resume has
-	// looked, or when CRIU goes.
-	a.over = a.Code == 0 && (r.Action == "network-unlock" && g.Phase == Dump || r.Action == "post-resume")
+	a.over = a.Code == 0 && g.ends(r.Action)
 	return a
+}
+
+// ends tells whether the checkpoint is over after a hook that worked: a dump after its unlock, a
+// restore when post-resume has looked, or when CRIU goes.
+func (g *Guard) ends(action string) bool {
+	return action == "network-unlock" && g.Phase == Dump || action == "post-resume"
 }
 
 // Poll times of settle.
@@ -355,9 +366,9 @@ func (g *Guard) settle(done <-chan struct{}) error {
 			return nil
 		case w := <-g.Words:
 			switch w {
-			case locked, unlocked:
+			case locked, made, unlocked:
 			case Unpaid:
-				g.debt.make()
+				g.debt.make(time.Now())
 			default:
 				return nil
 			}

@@ -479,12 +479,12 @@ func TestOwesNotTheNextLock(t *testing.T) {
 			l.start(t)
 			l.ask(t, "network-unlock", l.task)
 			if gaveUp {
-				eventually(t, "given up", func() bool { return l.ask(t, askWatch, 0) == fmt.Sprint("000 ", int(GaveUp)) })
+				eventually(t, "given up", func() bool { return l.ask(t, askWatch, 0) == fmt.Sprint("000 ", int(GaveUp), " 0") })
 			} else {
 				eventually(t, "tried", func() bool { return l.lock.unlocks.Load() > 1 })
 			}
 			l.lock.by.Store(2)
-			eventually(t, "nothing owed", func() bool { return l.ask(t, askWatch, 0) == fmt.Sprint("000 ", int(Watches)) })
+			eventually(t, "nothing owed", func() bool { return l.ask(t, askWatch, 0) == fmt.Sprint("000 ", int(Watches), " 0") })
 			l.lock.fail.Store(0)
 			tried := l.lock.unlocks.Load()
 			// Its dump was one that kills.
@@ -511,6 +511,44 @@ func TestToldToEndWithALock(t *testing.T) {
 	l.ends(t)
 	if l.lock.found.Load() {
 		t.Errorf("an unlock that failed was not tried again: %q", l.log)
+	}
+}
+
+// A hook that has done its work itself says so, and the guard of a dump has nothing left to do.
+func TestHearsOfAnUnlock(t *testing.T) {
+	for phase, actions := range map[Phase][]string{Dump: {"network-unlock"}, Restore: {"network-unlock", "post-resume"}} {
+		l := newLab(t, phase, tempDir(t), namespace(t))
+		l.start(t)
+		say := func(action string, task int) {
+			t.Helper()
+			c, err := net.DialUnix("unixpacket", nil, &net.UnixAddr{Name: filepath.Join(l.Guard.Dir, nameOf(l.NS.Inode(), l.id())), Net: "unixpacket"})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			r := request(askUnlocked, task)
+			r.ImageDir = action
+			if _, err := c.Write(r.encode()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		l.ask(t, "post-restore", l.task)
+		say(actions[len(actions)-1], l.task+1)
+		if l.ask(t, askWatch, 0); l.debt.get() != Locks {
+			t.Errorf("%s: another task's unlock was heard", phase)
+		}
+		for i, action := range actions {
+			say(action, l.task)
+			if i < len(actions)-1 {
+				eventually(t, "heard", func() bool { return l.debt.get() == Watches })
+				select {
+				case <-l.end:
+					t.Fatalf("%s: it ended after %s", phase, action)
+				case <-time.After(50 * time.Millisecond):
+				}
+			}
+		}
+		l.ends(t)
 	}
 }
 
@@ -660,6 +698,20 @@ func TestLockOfTwoCheckpoints(t *testing.T) {
 			unlock(idle, false)
 		})
 	}
+	// One whose lock has gone without a word to its guard, while CRIU lives on, wants none.
+	t.Run("lost", func(t *testing.T) {
+		dir, ns := tempDir(t), namespace(t)
+		one, two := newLab(t, Restore, dir, ns), newLab(t, Dump, dir, ns)
+		two.Hook = func(r Request) Answer { return Answer{Line: fmt.Sprintln(r.Leave), Fresh: r.Action == "network-lock"} }
+		one.start(t)
+		one.ask(t, "post-restore", one.task)
+		two.start(t)
+		two.ask(t, "network-lock", two.task)
+		if a := two.ask(t, "network-unlock", two.task); a != "000 false\n" {
+			t.Errorf("left to who has no lock: %q", a)
+		}
+		two.ends(t)
+	})
 	// A restore has locked before it has a guard.
 	dir, ns := tempDir(t), namespace(t)
 	one, two := newLab(t, Restore, dir, ns), newLab(t, Dump, dir, ns)

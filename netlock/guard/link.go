@@ -19,8 +19,10 @@ const (
 	Done Word = 1 + iota
 	// Unpaid: it is over, but an unlock has failed, which the guard is to try again.
 	Unpaid
-	// locked: the client has locked; unlocked: it wants the lock no more.
+	// locked: the client has locked; made: where there was no lock; unlocked: it wants the lock
+	// no more.
 	locked
+	made
 	unlocked
 )
 
@@ -39,6 +41,7 @@ type Link struct {
 	mu     sync.Mutex
 	fd     int // -1 when it is over
 	shared bool
+	made   int64 // when the client has locked where there was no lock
 }
 
 // Over ends it. The first call counts.
@@ -93,21 +96,31 @@ func (l *Link) InTurn(until time.Time, f func()) {
 	}
 }
 
-// Locks says, in its turn, whether the client wants the lock.
-func (l *Link) Locks(wants bool) {
+// Locks says, in its turn, that the client has locked, and whether there was no lock before.
+func (l *Link) Locks(fresh bool) {
+	if fresh {
+		l.tell(made, askMade)
+		return
+	}
+	l.tell(locked, askLocked)
+}
+
+// Unlocks says that the client wants the lock no more.
+func (l *Link) Unlocks() { l.tell(unlocked, askUnlocked) }
+
+func (l *Link) tell(w Word, action string) {
 	if l == nil {
 		return
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	word, action := unlocked, askUnlocked
-	if wants {
-		word, action = locked, askLocked
+	if w == made {
+		l.made = monotonic()
 	}
 	if l.shared { // others ask the guard in their turn, which may be next
-		tell(l.netns, l.id, l.task, action, fresh)
+		tell(l.netns, l.id, l.task, action)
 	} else {
-		l.say(word)
+		l.say(w)
 	}
 }
 
@@ -117,8 +130,8 @@ func (l *Link) Leaves() bool {
 	if l == nil || !l.isShared() {
 		return false
 	}
-	l.Locks(false)
-	return LocksElsewhere(l.netns, l.id)
+	l.Unlocks()
+	return trusted(Dir) == nil && locksElsewhere(Dir, l.netns, l.id, l.made)
 }
 
 func (l *Link) isShared() bool {

@@ -53,6 +53,8 @@ type Answer struct {
 	Code int
 	// Line goes to CRIU's log.
 	Line string
+	// Fresh: the hook has made a lock where there was none. It is not sent.
+	Fresh bool
 
 	over bool
 }
