@@ -199,11 +199,9 @@ func (g *Guard) Serve() error {
 	if g.Phase == Restore && g.Client == 0 {
 		// The hook that has started us has locked; when, is not known so well. On a busy machine all
 		// may be over by now.
-		ctx, cancel := context.WithTimeout(context.Background(), unlockTime)
-		if st, err := g.Locker.State(ctx, g.NS); err != nil || st.Found {
+		if g.found() {
 			g.debt.locks(false)
 		}
-		cancel()
 	}
 	defer s.close()
 	done := make(chan struct{}, 1)
@@ -300,9 +298,13 @@ func (g *Guard) hook(r Request) Answer {
 		case askLocked, askMade:
 			g.debt.locks(r.Action == askMade)
 		case askUnlocked:
+			if r.expired() && g.found() {
+				return Answer{} // it was locked again since
+			}
 			g.debt.set(Watches)
+			return Answer{over: g.ends(r.ImageDir)}
 		}
-		return Answer{over: r.Action == askUnlocked && g.ends(r.ImageDir)}
+		return Answer{}
 	}
 	if r.expired() {
 		return Answer{Code: notDone}
@@ -329,6 +331,14 @@ func (g *Guard) hook(r Request) Answer {
 	}
 	a.over = a.Code == 0 && g.ends(r.Action)
 	return a
+}
+
+// found tells whether something of ours is in the namespace, as far as is known.
+func (g *Guard) found() bool {
+	ctx, cancel := context.WithTimeout(context.Background(), unlockTime)
+	defer cancel()
+	st, err := g.Locker.State(ctx, g.NS)
+	return err != nil || st.Found
 }
 
 // ends tells whether the checkpoint is over after a hook that worked: a dump after its unlock, a
