@@ -63,8 +63,8 @@ func (l *lab) refused(h hookCase, tr *trace, follow string, count *class) error 
 	// Without a thread or a descriptor Go's runtime ends the process where it stands, as
 	// SIGKILL does.
 	crashed := r.code == 2 && strings.Contains(r.log, "fatal error: ")
-	// Or the hook has ended before the runtime had, and it was about to.
-	ending := r.code == 0 && strings.Contains(r.log, "\nruntime: failed to create new OS thread")
+	// Or the hook has ended before the runtime had, which was about to.
+	ending := r.code == 0 && strings.Contains(r.log, "runtime: failed to create new OS thread")
 	switch {
 	case err != nil:
 		err = fmt.Errorf("after %v: %w", r, err)

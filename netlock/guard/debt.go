@@ -15,6 +15,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/criu-netlock/criu-netlock/netlock"
 )
 
@@ -286,18 +288,18 @@ func request(action string, task int) Request {
 	return Request{Action: action, PID: strconv.Itoa(task), Sent: monotonic()}
 }
 
+// leave does not use package net, whose start costs a hook more than all of this, with a container
+// frozen.
 func leave(netns uint64, criu int, r Request) {
-	c, err := net.DialUnix("unixpacket", nil, &net.UnixAddr{Name: filepath.Join(Dir, nameOf(netns, criu)), Net: "unixpacket"})
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
-		return // there is none
+		return // gc looks after what the guard does not hear
 	}
-	defer c.Close()
-	_ = c.SetDeadline(time.Now().Add(sayTime)) // without one there is nobody to wait for either
-	_, _ = c.Write(r.encode())
+	defer unix.Close(fd)
+	if unix.Connect(fd, &unix.SockaddrUnix{Name: filepath.Join(Dir, nameOf(netns, criu))}) == nil { // or there is none
+		_ = unix.Sendto(fd, r.encode(), unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT, nil)
+	}
 }
-
-// sayTime is how long the guard's socket may be full.
-const sayTime = 20 * time.Millisecond
 
 // tell says something to the guard of a checkpoint, if there is one, and waits for it.
 func tell(netns uint64, criu, task int, action string) {
