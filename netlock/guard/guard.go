@@ -251,6 +251,9 @@ func (g *Guard) Serve() error {
 		}
 	}
 	g.gone = time.Now()
+	if g.debt.get() == Locks {
+		g.debt.set(Watches) // what there is to wait for now is no reason for others to leave a lock
+	}
 	return g.settle(done)
 }
 

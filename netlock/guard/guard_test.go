@@ -355,6 +355,10 @@ func TestWaitsForAStoppedTask(t *testing.T) {
 	}
 	eventually(t, "stopped", func() bool { return Stopped(l.task) })
 	l.start(t)
+	l.ask(t, "network-lock", l.task)
+	if w := l.ask(t, askWatch, 0); !strings.HasPrefix(w, fmt.Sprint("000 ", int(Locks), " ")) {
+		t.Errorf("it is at %q", w)
+	}
 	kill(t, l.criu)
 	select {
 	case <-l.end:
@@ -363,6 +367,10 @@ func TestWaitsForAStoppedTask(t *testing.T) {
 	}
 	if l.lock.unlocks.Load() != 0 {
 		t.Fatal("a stopped task was unlocked")
+	}
+	// The next dump of the task would leave its lock to this one.
+	if w := l.ask(t, askWatch, 0); !strings.HasPrefix(w, fmt.Sprint("000 ", int(Watches), " ")) {
+		t.Errorf("without CRIU it is at %q", w)
 	}
 	if err := unix.Kill(l.task, unix.SIGCONT); err != nil {
 		t.Fatal(err)
