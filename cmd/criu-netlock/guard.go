@@ -185,7 +185,6 @@ func runGuard(args []string) int {
 		},
 		Default:  guard.Policy(cfg.OnFailedRestore),
 		Words:    line.Words,
-		Share:    line.Share,
 		Quit:     quit,
 		Deadline: cfg.GuardTimeout,
 		Log:      log,

@@ -193,8 +193,8 @@ func (g *Guard) payOff(over <-chan struct{}) bool {
 	}
 }
 
-// watch is what the guard is at, to who asks.
-func (g *Guard) watch() Watch {
+// watch is what the guard is at, to who asks, and since when its checkpoint has locked.
+func (g *Guard) watch() (w Watch, since int64) {
 	if g.debt.get() == GaveUp { // perhaps somebody else has unlocked since, and locked again
 		ctx, cancel := context.WithTimeout(context.Background(), fresh)
 		defer cancel()
@@ -202,17 +202,20 @@ func (g *Guard) watch() Watch {
 			g.owes(st)
 		}
 	}
-	return g.debt.get()
+	w = g.debt.get()
+	since, _ = g.debt.times()
+	if b := g.board; b != nil && w == Watches && b.locks.Load() && !g.boardless.Load() {
+		w, since = Locks, b.since.Load()
+	}
+	return w, since
 }
 
 // Actions that are none of CRIU's: a request that asks for a Watch; one that leaves an unlock to
-// the guard; that there is another checkpoint in the namespace; and what a client does there.
+// the guard; that there is another checkpoint in the namespace; and that a hook has unlocked.
 const (
 	askWatch    = "guard-watch"
 	askOwe      = "guard-owe"
 	askShared   = "guard-shared"
-	askLocked   = "guard-locked"
-	askMade     = "guard-made" // and there was no lock
 	askUnlocked = "guard-unlocked"
 )
 
@@ -247,7 +250,7 @@ func watchOf(path string, wait time.Duration) (w Watch, since int64) {
 // so: the lock is left to that one.
 func (g *Guard) locksElsewhere() bool {
 	_, made := g.debt.times()
-	return locksElsewhere(g.dir(), g.NS.Inode(), g.id(), made)
+	return g.shared.Load() && locksElsewhere(g.dir(), g.NS.Inode(), g.id(), made)
 }
 
 // LocksElsewhere is that for a hook of CRIU's, in its turn, whose own guard did not answer.
@@ -299,11 +302,6 @@ func leave(netns uint64, criu int, r Request) {
 	if unix.Connect(fd, &unix.SockaddrUnix{Name: filepath.Join(Dir, nameOf(netns, criu))}) == nil { // or there is none
 		_ = unix.Sendto(fd, r.encode(), unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT, nil)
 	}
-}
-
-// tell says something to the guard of a checkpoint, if there is one, and waits for it.
-func tell(netns uint64, criu, task int, action string) {
-	_, _ = ask(filepath.Join(Dir, nameOf(netns, criu)), fresh, request(action, task)) // nobody else would know better
 }
 
 func ask(path string, wait time.Duration, r Request) (answer string, err error) {

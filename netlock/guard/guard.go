@@ -91,6 +91,8 @@ type Checkpoint struct {
 	WasFrozen bool
 	// Queue is what who starts the guard has bound for the lock; nil without mode hold.
 	Queue *nfnl.Queue
+	// board is a client's.
+	board *board
 }
 
 // Guard watches a Checkpoint.
@@ -109,8 +111,6 @@ type Guard struct {
 	Log func(format string, args ...any)
 	// Words, if set, are what the client says.
 	Words <-chan Word
-	// Share, if set, tells the client that there is another checkpoint in the namespace.
-	Share func()
 	// Quit, if set, has a word when somebody wants this process to end. While CRIU lives it
 	// does not: the container would stay locked.
 	Quit <-chan os.Signal
@@ -121,7 +121,11 @@ type Guard struct {
 	debt  debt
 	// client: the client has said that all is over, but for an unlock.
 	client atomic.Bool
-	gone   time.Time // when CRIU, or its client, was gone
+	// shared: there is, or was, another checkpoint in the namespace.
+	shared atomic.Bool
+	// boardless: the client is gone, and what it has left on its board says nothing.
+	boardless atomic.Bool
+	gone      time.Time // when CRIU, or its client, was gone
 	// working: what once waited for was a CRIU that is not known.
 	working bool
 	// restored: post-restore has succeeded, after which CRIU lets the tasks go.
@@ -212,8 +216,8 @@ func (g *Guard) Serve() error {
 		}
 	})
 	for _, path := range placesBeside(g.dir(), g.NS.Inode(), g.id()) {
-		if _, err := ask(path, besideTime, Request{Action: askShared}); err == nil && g.Share != nil {
-			g.Share()
+		if _, err := ask(path, besideTime, Request{Action: askShared}); err == nil {
+			g.share()
 		}
 	}
 	g.Ready()
@@ -231,17 +235,11 @@ func (g *Guard) Serve() error {
 		case <-done:
 			return nil
 		case w := <-g.Words:
-			switch w {
-			case locked, made:
-				g.debt.locks(w == made)
-			case unlocked:
-				g.debt.set(Watches)
-			case Unpaid:
-				g.client.Store(true)
-				g.debt.make(time.Now())
-			default:
+			if w != Unpaid {
 				return nil
 			}
+			g.client.Store(true)
+			g.debt.make(time.Now())
 		case <-g.debt.wake:
 			if g.payOff(gone) {
 				return nil
@@ -254,6 +252,7 @@ func (g *Guard) Serve() error {
 	if g.debt.get() == Locks {
 		g.debt.set(Watches) // what there is to wait for now is no reason for others to leave a lock
 	}
+	g.boardless.Store(true)
 	return g.settle(done)
 }
 
@@ -284,30 +283,22 @@ func (g *Guard) dir() string {
 func (g *Guard) hook(r Request) Answer {
 	switch r.Action {
 	case askWatch:
-		since, _ := g.debt.times()
-		return Answer{Line: fmt.Sprint(int(g.watch()), " ", since)}
+		w, since := g.watch()
+		return Answer{Line: fmt.Sprint(int(w), " ", since)}
 	case askShared:
-		if g.Share != nil {
-			g.Share()
+		g.share()
+		return Answer{}
+	case askOwe:
+		if r.PID == strconv.Itoa(g.Task) {
+			g.debt.make(time.Now().Add(time.Duration(r.Sent - monotonic())))
 		}
 		return Answer{}
-	case askOwe, askLocked, askMade, askUnlocked:
-		if r.PID != strconv.Itoa(g.Task) {
+	case askUnlocked:
+		if r.PID != strconv.Itoa(g.Task) || r.expired() && g.found() { // locked again since
 			return Answer{}
 		}
-		switch r.Action {
-		case askOwe:
-			g.debt.make(time.Now().Add(time.Duration(r.Sent - monotonic())))
-		case askLocked, askMade:
-			g.debt.locks(r.Action == askMade)
-		case askUnlocked:
-			if r.expired() && g.found() {
-				return Answer{} // it was locked again since
-			}
-			g.debt.set(Watches)
-			return Answer{over: g.ends(r.ImageDir)}
-		}
-		return Answer{}
+		g.debt.set(Watches)
+		return Answer{over: g.ends(r.ImageDir)}
 	}
 	if r.expired() {
 		return Answer{Code: notDone}
@@ -334,6 +325,14 @@ func (g *Guard) hook(r Request) Answer {
 	}
 	a.over = a.Code == 0 && g.ends(r.Action)
 	return a
+}
+
+// share notes, and tells the client, that there is another checkpoint in the namespace.
+func (g *Guard) share() {
+	g.shared.Store(true)
+	if g.board != nil {
+		g.board.shared.Store(true)
+	}
 }
 
 // found tells whether something of ours is in the namespace, as far as is known.
@@ -378,13 +377,10 @@ func (g *Guard) settle(done <-chan struct{}) error {
 		case <-done:
 			return nil
 		case w := <-g.Words:
-			switch w {
-			case locked, made, unlocked:
-			case Unpaid:
-				g.debt.make(time.Now())
-			default:
+			if w != Unpaid {
 				return nil
 			}
+			g.debt.make(time.Now())
 		case <-g.quit(v == wait && err == nil && !g.working):
 			g.Log("the guard is told to end, and %s stays locked: see criu-netlock list", g.NS)
 			return nil

@@ -1,11 +1,16 @@
 package guard
 
 // A client's line to its guard. The client locks and unlocks by itself; of other checkpoints in
-// the namespace the guards tell each other.
+// the namespace the guards tell each other. What client and guard have to know of each other while a
+// container is frozen stands in a page of memory that both have: a message would wake the
+// guard, which takes longer than the unlock.
 
 import (
+	"os"
 	"sync"
+	"sync/atomic"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -19,29 +24,52 @@ const (
 	Done Word = 1 + iota
 	// Unpaid: it is over, but an unlock has failed, which the guard is to try again.
 	Unpaid
-	// locked: the client has locked; made: where there was no lock; unlocked: it wants the lock
-	// no more.
-	locked
-	made
-	unlocked
 )
 
-// What a guard says to its client.
-const (
-	inPlace byte = 1 + iota
-	// sharing: there is another checkpoint in the namespace.
-	sharing
-)
+// board is the page.
+type board struct {
+	// shared, by the guard: there is, or was, another checkpoint in the namespace.
+	shared atomic.Bool
+	// locks, by the client: it has locked, and wants it so. since and made are as in debt.
+	locks       atomic.Bool
+	since, made atomic.Int64
+}
 
-// Link is what Start gives a client. That of a hook, and a nil one, do nothing.
+// newBoard makes the page, and the file by which the guard has it too.
+func newBoard() (*board, *os.File, error) {
+	fd, err := unix.MemfdCreate("criu-netlock", unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, nil, os.NewSyscallError("memfd_create", err)
+	}
+	f := os.NewFile(uintptr(fd), "board")
+	if err := f.Truncate(int64(os.Getpagesize())); err != nil {
+		f.Close()
+		return nil, nil, err
+	}
+	b, err := mapBoard(fd)
+	if err != nil {
+		f.Close()
+		return nil, nil, err
+	}
+	b.since.Store(0) // now, and not in the freeze, the kernel finds the memory
+	return b, f, nil
+}
+
+func mapBoard(fd int) (*board, error) {
+	p, err := unix.MmapPtr(fd, 0, nil, unsafe.Sizeof(board{}), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	return (*board)(p), os.NewSyscallError("mmap", err)
+}
+
+func (b *board) unmap() { _ = unix.MunmapPtr(unsafe.Pointer(b), unsafe.Sizeof(board{})) } // it was mapped
+
+// Link is what Start gives a client. That of a hook is nil, and does nothing.
 type Link struct {
-	netns    uint64
-	id, task int
+	netns uint64
+	id    int
 
-	mu     sync.Mutex
-	fd     int // -1 when it is over
-	shared bool
-	made   int64 // when the client has locked where there was no lock
+	mu    sync.Mutex
+	fd    int // -1 when it is over
+	board *board
 }
 
 // Over ends it. The first call counts.
@@ -51,91 +79,48 @@ func (l *Link) Over(w Word) {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.say(w)
-	if l.fd >= 0 {
-		unix.Close(l.fd)
+	if l.fd < 0 {
+		return
 	}
-	l.fd = -1
+	_ = unix.Sendto(l.fd, []byte{byte(w)}, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT, nil) // it may have gone
+	unix.Close(l.fd)
+	l.board.unmap()
+	l.fd, l.board = -1, new(board)
 }
 
-func (l *Link) say(w Word) {
-	if l.fd >= 0 {
-		_ = unix.Sendto(l.fd, []byte{byte(w)}, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT, nil) // it may have gone
-	}
-}
-
-// Shared tells whether another checkpoint was, or is, in the namespace. It is asked in the freeze,
-// and costs a system call.
-func (l *Link) Shared() bool {
+func (l *Link) page() *board {
 	if l == nil {
-		return false
+		return new(board)
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	for !l.shared && l.fd >= 0 {
-		var b [8]byte
-		n, _, err := unix.Recvfrom(l.fd, b[:], unix.MSG_DONTWAIT)
-		if err == unix.EINTR {
-			continue
-		}
-		if err != nil || n <= 0 {
-			break
-		}
-		for _, said := range b[:n] {
-			l.shared = l.shared || said == sharing
-		}
-	}
-	return l.shared
+	return l.board
 }
 
 // InTurn calls f in its turn among the checkpoints in the namespace: at once where there is no
 // other, and when the others take too long.
 func (l *Link) InTurn(until time.Time, f func()) {
-	if !l.Shared() || !InTurn(l.netns, until, f) {
+	if !l.page().shared.Load() || !InTurn(l.netns, until, f) {
 		f()
 	}
 }
 
 // Locks says, in its turn, that the client has locked, and whether there was no lock before.
 func (l *Link) Locks(fresh bool) {
+	b, now := l.page(), monotonic()
 	if fresh {
-		l.tell(made, askMade)
-		return
+		b.made.Store(now)
 	}
-	l.tell(locked, askLocked)
+	b.since.Store(now)
+	b.locks.Store(true)
 }
 
 // Unlocks says that the client wants the lock no more.
-func (l *Link) Unlocks() { l.tell(unlocked, askUnlocked) }
+func (l *Link) Unlocks() { l.page().locks.Store(false) }
 
-func (l *Link) tell(w Word, action string) {
-	if l == nil {
-		return
-	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if w == made {
-		l.made = monotonic()
-	}
-	if l.shared { // others ask the guard in their turn, which may be next
-		tell(l.netns, l.id, l.task, action)
-	} else {
-		l.say(w)
-	}
-}
-
-// Leaves says that the client wants the lock no more, and tells whether another checkpoint does,
-// in its turn.
+// Leaves is Unlocks, and tells whether another checkpoint wants the lock, in its turn.
 func (l *Link) Leaves() bool {
-	if l == nil || !l.isShared() {
-		return false
-	}
-	l.Unlocks()
-	return trusted(Dir) == nil && locksElsewhere(Dir, l.netns, l.id, l.made)
-}
-
-func (l *Link) isShared() bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.shared
+	b := l.page()
+	b.locks.Store(false)
+	return b.shared.Load() && trusted(Dir) == nil && locksElsewhere(Dir, l.netns, l.id, b.made.Load())
 }

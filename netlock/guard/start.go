@@ -31,9 +31,14 @@ const (
 	fdClient
 	fdNetns
 	fdQueue
+	fdBoard
 	fdReady
 	fdEnd
 )
+
+// startVersion is of the arguments, the descriptors and the board: a program that links the package
+// may find a guard of another version installed, which has to refuse.
+const startVersion = "2"
 
 // FirstFree is the first descriptor that is none of the Checkpoint's.
 const FirstFree = fdEnd
@@ -53,8 +58,19 @@ func Start(exe string, c Checkpoint, env []string, waitReady time.Duration) (lin
 	if err != nil {
 		return link, err
 	}
+	boardFD := -1
+	if c.Client != 0 {
+		b, f, err := newBoard()
+		if err != nil {
+			unix.Close(pair[0])
+			unix.Close(pair[1])
+			return nil, err
+		}
+		defer f.Close() // the guard has it
+		link, boardFD = &Link{netns: c.NS.Inode(), id: c.id(), fd: pair[0], board: b}, int(f.Fd())
+	}
 	files := []uintptr{null.Fd(), null.Fd(), null.Fd()}
-	for _, fd := range []int{c.CRIUfd, c.TaskFD, c.ClientFD, c.NS.FD(), c.queueFD(), pair[1]} {
+	for _, fd := range []int{c.CRIUfd, c.TaskFD, c.ClientFD, c.NS.FD(), c.queueFD(), boardFD, pair[1]} {
 		if fd < 0 {
 			fd = int(null.Fd())
 		}
@@ -67,13 +83,15 @@ func Start(exe string, c Checkpoint, env []string, waitReady time.Duration) (lin
 	pid, err := run(exe, arg, c.args(), env, files)
 	unix.Close(pair[1])
 	if err != nil {
-		unix.Close(pair[0])
-		return link, err
+		if link == nil {
+			unix.Close(pair[0])
+		}
+		link.Over(Done)
+		return nil, err
 	}
 	if c.Client == 0 {
 		defer unix.Close(pair[0])
 	} else {
-		link = &Link{netns: c.NS.Inode(), id: c.id(), task: c.Task, fd: pair[0]}
 		go func() {
 			for {
 				if _, err := unix.Wait4(pid, nil, 0, nil); err != unix.EINTR {
@@ -98,14 +116,10 @@ func Start(exe string, c Checkpoint, env []string, waitReady time.Duration) (lin
 			return link, fmt.Errorf("the guard is not ready after %v", waitReady)
 		}
 		var b [1]byte
-		switch n, _ := unix.Read(pair[0], b[:]); {
-		case n != 1:
+		if n, _ := unix.Read(pair[0], b[:]); n != 1 {
 			return link, errors.New("the guard ended at once: the system log has the reason")
-		case b[0] == inPlace:
-			return link, nil
-		case link != nil:
-			link.shared = true
 		}
+		return link, nil
 	}
 }
 
@@ -154,7 +168,7 @@ func CloseOnExecFrom(first int) error {
 func (c Checkpoint) args() []string {
 	return []string{
 		string(c.Phase), strconv.Itoa(c.CRIU), strconv.Itoa(c.Task), flag(c.WasLocked), flag(c.WasFrozen),
-		strconv.Itoa(c.Client), string(c.Policy), strconv.Itoa(c.queueNumber()),
+		strconv.Itoa(c.Client), string(c.Policy), strconv.Itoa(c.queueNumber()), startVersion,
 	}
 }
 
@@ -181,8 +195,8 @@ func flag(b bool) string {
 
 // Line is a guard's to who has started it.
 type Line struct {
-	// Ready tells that the guard is in its place, Share that it is not alone in the namespace.
-	Ready, Share func()
+	// Ready tells that the guard is in its place.
+	Ready func()
 	// Words are what a client says.
 	Words <-chan Word
 }
@@ -190,7 +204,7 @@ type Line struct {
 // Inherited is the Checkpoint that Start gave this process, and the line to who called it.
 func Inherited(args []string) (c Checkpoint, line Line, err error) {
 	bad := fmt.Errorf("criu-netlock %s %s: hooks start this, nobody else", Arg, strings.Join(args, " "))
-	if len(args) != 8 {
+	if len(args) != 9 || args[8] != startVersion {
 		return c, line, bad
 	}
 	c = Checkpoint{Phase: Phase(args[0]), CRIUfd: fdCRIU, TaskFD: fdTask, ClientFD: fdClient, WasLocked: args[3] == "yes", WasFrozen: args[4] == "yes", Policy: Policy(args[6])}
@@ -235,21 +249,19 @@ func Inherited(args []string) (c Checkpoint, line Line, err error) {
 	} else {
 		c.Queue = nfnl.InheritQueue(fdQueue, uint16(queue))
 	}
-	words := make(chan Word, 1)
-	say := func(b byte) {
-		_ = unix.Sendto(fdReady, []byte{b}, unix.MSG_NOSIGNAL|unix.MSG_DONTWAIT, nil) // the hook, or the client, may have gone
-	}
-	line = Line{Words: words, Share: func() {}}
 	if c.Client == 0 {
-		line.Ready = func() {
-			say(inPlace)
-			unix.Close(fdReady)
-		}
-		return c, line, nil
+		unix.Close(fdBoard)
+	} else if c.board, err = mapBoard(fdBoard); err != nil {
+		return c, line, err
 	}
-	line.Share = func() { say(sharing) }
+	words := make(chan Word, 1)
+	line.Words = words
 	line.Ready = func() {
-		say(inPlace)
+		_ = unix.Sendto(fdReady, []byte{1}, unix.MSG_NOSIGNAL, nil) // the hook may have gone
+		if c.Client == 0 {
+			unix.Close(fdReady)
+			return
+		}
 		go func() {
 			var b [1]byte
 			for {
@@ -257,6 +269,7 @@ func Inherited(args []string) (c Checkpoint, line Line, err error) {
 				switch {
 				case n == 1:
 					words <- Word(b[0])
+					return
 				case err != unix.EINTR: // it has gone, which its pidfd tells too
 					return
 				}
