@@ -72,6 +72,15 @@ func (c Caller) Over() bool {
 	return c.Fallback == FallbackUnlock || ok && st.State != 'T'
 }
 
+// Works tells whether the caller is alive, and at work on a task.
+func (c Caller) Works() bool {
+	if c.Task == 0 || c.Start == 0 || c.Boot == "" || c.Boot != bootID() {
+		return false
+	}
+	_, ok := alive(c.PID, c.Start, proc.StatOf)
+	return ok
+}
+
 // gone tells whether the caller is dead, as far as is known.
 func (c Caller) gone() bool {
 	if c.Start == 0 || c.Boot == "" || c.Boot != bootID() {

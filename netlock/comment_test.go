@@ -112,6 +112,24 @@ func TestUse(t *testing.T) {
 	}
 }
 
+// One that is at work is alive, and works on a task.
+func TestCallerWorks(t *testing.T) {
+	c := CallerOf(os.Getpid())
+	works := c.For(os.Getppid())
+	dead := works
+	dead.Start++
+	elsewhere := works
+	elsewhere.Boot = "0000000" + works.Boot[bootDigits:]
+	for name, x := range map[string]struct {
+		c    Caller
+		want bool
+	}{"at work": {works, true}, "by hand": {c, false}, "dead": {dead, false}, "of another boot": {elsewhere, false}, "unknown": {Caller{}, false}} {
+		if x.c.Works() != x.want {
+			t.Errorf("%s: %v", name, !x.want)
+		}
+	}
+}
+
 func TestCallerIs(t *testing.T) {
 	c := CallerOf(os.Getpid())
 	if !c.Is(c.For(os.Getppid())) {

@@ -80,14 +80,19 @@ func leaves(ev action.Event, ns *netlock.Namespace) bool {
 	return guard.LocksElsewhere(ns.Inode(), by.pid)
 }
 
-// tellUnlock tells the guard, which has not answered, of an unlock: one that has failed nobody
-// calls for again.
-func tellUnlock(ev action.Event, rep action.Report, failed bool) {
-	by, err := findCRIU(ev)
-	if err != nil || by == nil {
-		return // its guard knows what to do without CRIU
+// tellGuard tells the guard, which has not answered, what the hook has done: to lock, if err is nil, or
+// to unlock. An unlock that has failed nobody calls for again; and of one that was left to another
+// checkpoint that one may have thought the same.
+func tellGuard(ev action.Event, rep action.Report, fresh bool, by *criu, err error) {
+	op := action.OpOf(ev.Action)
+	unlocks := op == action.Unlock || op == action.Sweep
+	if by == nil && unlocks {
+		by, _ = findCRIU(ev) // without CRIU its guard knows what to do
+		defer by.close()
 	}
-	defer by.close()
+	if by == nil || !unlocks && err != nil {
+		return
+	}
 	netns := rep.Netns
 	if netns == 0 { // the deadline has passed
 		ns, err := netlock.FromPID(ev.PID)
@@ -97,9 +102,12 @@ func tellUnlock(ev action.Event, rep action.Report, failed bool) {
 		defer ns.Close()
 		netns = ns.Inode()
 	}
-	if failed {
+	switch {
+	case !unlocks:
+		guard.Locked(netns, by.pid, ev.PID, fresh)
+	case err != nil && netlock.KindOf(err) != netlock.KindTampered, rep.Result == action.Left:
 		guard.Owe(netns, by.pid, ev.PID)
-	} else {
+	default:
 		guard.Unlocked(netns, by.pid, ev.PID, string(ev.Action))
 	}
 }

@@ -107,9 +107,8 @@ func (h *hookCall) run() (code int, line string) {
 				return out, err
 			})
 			rep, unshed, h.fresh = out.rep, out.unshed, out.fresh
-			if unlocks && h.guard == 0 {
-				failed := err != nil && netlock.KindOf(err) != netlock.KindTampered
-				tellUnlock(ev, rep, failed)
+			if h.guard == 0 && early.Asks(string(ev.Action)) {
+				tellGuard(ev, rep, out.fresh, by, err)
 			}
 			if err == nil && h.guard == 0 && cfg.Guard {
 				unguarded = startGuard(ev, rep, by, h.holder)

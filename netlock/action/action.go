@@ -193,6 +193,9 @@ type Handler struct {
 	Entered func()
 }
 
+// Left is the Result of an unlock that was left to another checkpoint in the namespace.
+const Left = "left to another checkpoint"
+
 // Report is what a hook did, for the log.
 type Report struct {
 	Netns   uint64 // inode; 0 where no namespace was looked at
@@ -312,7 +315,8 @@ func (h *Handler) lock(ctx context.Context, ns *netlock.Namespace, ev Event, rep
 		}
 		was = st.Locked
 		if ev.Action == SetupNamespaces {
-			rep.WasLocked = st.Locked && !st.Caller.Is(ev.Caller) && !st.Caller.Failed()
+			// What another one is at work on was not like that before, and will not be.
+			rep.WasLocked = st.Locked && !st.Caller.Is(ev.Caller) && !st.Caller.Failed() && !st.Caller.Works()
 			if h.Found != nil {
 				h.Found(rep.WasLocked)
 			}
@@ -357,7 +361,7 @@ func (h *Handler) wanted(ns *netlock.Namespace) error {
 // unlock reports what was found beside the error that tells of tampering.
 func (h *Handler) unlock(ctx context.Context, ns *netlock.Namespace, op Op, rep *Report) error {
 	if h.Leave != nil && h.Leave(ns) {
-		rep.Result = "left to another checkpoint"
+		rep.Result = Left
 		return nil
 	}
 	st, err := h.Locker.Unlock(ctx, ns)

@@ -370,7 +370,25 @@ func (c *Checkpoint) End(err error) error {
 		}
 		return struct{}{}, errors.Join(c.failed, c.tampered)
 	})
+	if netlock.KindOf(e) == netlock.KindDeadline {
+		go c.abandon()
+	}
 	return errors.Join(err, e)
+}
+
+// abandon leaves what End had no time for to the guard, when whoever still works has come back.
+func (c *Checkpoint) abandon() {
+	c.turn <- struct{}{}
+	defer c.done()
+	if !c.over {
+		c.over = true
+		c.link.Unlocks()
+		c.drop(guard.Unpaid)
+		if c.work != nil {
+			close(c.work)
+			c.work = nil
+		}
+	}
 }
 
 // unlock is the last one, of what CRIU has not unlocked.

@@ -47,6 +47,8 @@ type debt struct {
 	// since is CLOCK_MONOTONIC when the checkpoint has locked, and made the same where it found
 	// nothing: whoever says that they had locked before that has lost their lock.
 	since, made int64
+	// said is when the last word came of what the checkpoint wants: they may overtake each other.
+	said int64
 }
 
 // lockID tells one lock from the next.
@@ -97,14 +99,27 @@ func (d *debt) set(w Watch) {
 	}
 }
 
-// locks says that the checkpoint has locked, and whether there was no lock before.
-func (d *debt) locks(fresh bool) {
-	d.set(Locks)
+// locks says that the checkpoint had locked at a time, and whether there was no lock before.
+func (d *debt) locks(fresh bool, at int64) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.since = monotonic(); fresh {
-		d.made = d.since
+	if at < d.said {
+		return
 	}
+	d.at, d.of, d.said, d.since = Locks, lockID{}, at, at
+	if fresh {
+		d.made = at
+	}
+}
+
+// unlocked says that it wanted the lock no more at a time.
+func (d *debt) unlocked(at int64) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if at < d.said {
+		return
+	}
+	d.at, d.of, d.said = Watches, lockID{}, at
 }
 
 func (d *debt) times() (since, made int64) {
@@ -128,10 +143,10 @@ func (g *Guard) after(r Request, a Answer) {
 	case r.Action == "pre-dump":
 	case !r.unlocks():
 		if code == 0 {
-			g.debt.locks(a.Fresh) // and if an unlock was owed, a lock is wanted again
+			g.debt.locks(a.Fresh, monotonic()) // and if an unlock was owed, a lock is wanted again
 		}
 	case code == 0, code == netlock.ExitCode(&netlock.Error{Kind: netlock.KindTampered}):
-		g.debt.set(Watches)
+		g.debt.unlocked(monotonic())
 	default:
 		g.debt.make(time.Now())
 	}
@@ -175,7 +190,7 @@ func (g *Guard) payOff(over <-chan struct{}) bool {
 		case err == nil:
 			return g.Phase == Dump || g.client.Load()
 		case errors.Is(err, errNotOwed):
-			return false
+			return g.client.Load()
 		case time.Since(since) > g.Deadline:
 			g.debt.set(GaveUp)
 			g.Log("%v; gave up after %v: run criu-netlock unlock", err, g.Deadline)
@@ -211,11 +226,13 @@ func (g *Guard) watch() (w Watch, since int64) {
 }
 
 // Actions that are none of CRIU's: a request that asks for a Watch; one that leaves an unlock to
-// the guard; that there is another checkpoint in the namespace; and that a hook has unlocked.
+// the guard; that there is another checkpoint in the namespace; and that a hook has locked
+// or unlocked.
 const (
 	askWatch    = "guard-watch"
 	askOwe      = "guard-owe"
 	askShared   = "guard-shared"
+	askLocked   = "guard-locked"
 	askUnlocked = "guard-unlocked"
 )
 
@@ -230,7 +247,7 @@ func At(netns uint64) (at Watch) {
 		if !alive(path) {
 			continue
 		}
-		if w, _ := watchOf(path, fresh); at == 0 || w < at {
+		if w, _, _ := watchOf(path, fresh); at == 0 || w < at {
 			at = w
 		}
 	}
@@ -238,12 +255,12 @@ func At(netns uint64) (at Watch) {
 }
 
 // watchOf asks one guard what it is at, and since when its checkpoint has locked.
-func watchOf(path string, wait time.Duration) (w Watch, since int64) {
+func watchOf(path string, wait time.Duration) (w Watch, since int64, said bool) {
 	answer, err := ask(path, wait, Request{Action: askWatch})
 	if n, e := fmt.Sscanf(answer, "000 %d %d", &w, &since); err != nil || e != nil || n != 2 || w < Locks || w > GaveUp {
-		return Watches, 0
+		return Watches, 0, false
 	}
-	return w, since
+	return w, since, true
 }
 
 // locksElsewhere tells whether another checkpoint has locked the namespace, and still wants it
@@ -260,7 +277,17 @@ func LocksElsewhere(netns uint64, criu int) bool {
 
 func locksElsewhere(dir string, netns uint64, criu int, made int64) bool {
 	for _, path := range placesBeside(dir, netns, criu) {
-		if w, since := watchOf(path, besideTime); w == Locks && since > made {
+		if w, since, _ := watchOf(path, besideTime); w == Locks && since > made {
+			return true
+		}
+	}
+	return false
+}
+
+// wantedElsewhere is locksElsewhere for who has time: a guard that is there and says nothing may want it.
+func wantedElsewhere(dir string, netns uint64, criu int) bool {
+	for _, path := range placesBeside(dir, netns, criu) {
+		if w, _, said := watchOf(path, fresh); w == Locks || !said && alive(path) {
 			return true
 		}
 	}
@@ -279,6 +306,17 @@ const besideTime = 100 * time.Millisecond
 // Owe leaves an unlock that a hook could not do to the guard of its checkpoint, if there is one: that
 // did not answer, and hears of it when it can.
 func Owe(netns uint64, criu, task int) { leave(netns, criu, request(askOwe, task)) }
+
+// Locked tells it that the hook has locked, and whether there was no lock before.
+func Locked(netns uint64, criu, task int, fresh bool) {
+	r := request(askLocked, task)
+	if fresh {
+		r.ImageDir = madeAnew
+	}
+	leave(netns, criu, r)
+}
+
+const madeAnew = "made"
 
 // Unlocked tells it that the hook has done it.
 func Unlocked(netns uint64, criu, task int, action string) {

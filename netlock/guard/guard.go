@@ -204,7 +204,7 @@ func (g *Guard) Serve() error {
 		// The hook that has started us has locked; when, is not known so well. On a busy machine all
 		// may be over by now.
 		if g.found() {
-			g.debt.locks(false)
+			g.debt.locks(false, monotonic())
 		}
 	}
 	defer s.close()
@@ -216,7 +216,8 @@ func (g *Guard) Serve() error {
 		}
 	})
 	for _, path := range placesBeside(g.dir(), g.NS.Inode(), g.id()) {
-		if _, err := ask(path, besideTime, Request{Action: askShared}); err == nil {
+		_, err := ask(path, besideTime, Request{Action: askShared})
+		if !errors.Is(err, unix.ECONNREFUSED) && !errors.Is(err, unix.ENOENT) { // it is alive, if slow
 			g.share()
 		}
 	}
@@ -256,12 +257,13 @@ func (g *Guard) Serve() error {
 	return g.settle(done)
 }
 
-// id is what a guard is known by beside its namespace.
+// id is what a guard is known by beside its namespace. A client whose CRIU is not known may have
+// several tasks at once.
 func (c *Checkpoint) id() int {
 	if c.CRIU != 0 {
 		return c.CRIU
 	}
-	return c.Client
+	return c.Task
 }
 
 // who is gone.
@@ -293,11 +295,16 @@ func (g *Guard) hook(r Request) Answer {
 			g.debt.make(time.Now().Add(time.Duration(r.Sent - monotonic())))
 		}
 		return Answer{}
+	case askLocked:
+		if r.PID == strconv.Itoa(g.Task) {
+			g.debt.locks(r.ImageDir == madeAnew, r.Sent)
+		}
+		return Answer{}
 	case askUnlocked:
 		if r.PID != strconv.Itoa(g.Task) || r.expired() && g.found() { // locked again since
 			return Answer{}
 		}
-		g.debt.set(Watches)
+		g.debt.unlocked(r.Sent)
 		return Answer{over: g.ends(r.ImageDir)}
 	}
 	if r.expired() {
@@ -406,7 +413,7 @@ func (g *Guard) once() (verdict, error) {
 		return wait, err
 	}
 	defer t.done()
-	if others(g.dir(), g.NS.Inode(), g.id()) {
+	if wantedElsewhere(g.dir(), g.NS.Inode(), g.id()) {
 		g.place.close() // before the turn ends, or the other one leaves it to us
 		return over, nil
 	}

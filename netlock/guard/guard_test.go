@@ -560,6 +560,60 @@ func TestHearsOfAnUnlock(t *testing.T) {
 	}
 }
 
+// What a hook has done itself it tells, and the last word counts, in whichever order they come.
+func TestLastWordCounts(t *testing.T) {
+	l := newLab(t, Restore, tempDir(t), namespace(t))
+	l.start(t)
+	now := monotonic()
+	say := func(action, image string, at int64) Watch {
+		t.Helper()
+		l.hook(Request{Action: action, PID: strconv.Itoa(l.task), ImageDir: image, Sent: at})
+		return l.debt.get()
+	}
+	if w := say(askLocked, madeAnew, now); w != Locks {
+		t.Errorf("locked: %v", w)
+	}
+	if since, made := l.debt.times(); since != now || made != now {
+		t.Errorf("since %d, made %d, not %d", since, made, now)
+	}
+	l.lock.found.Store(false)
+	if w := say(askUnlocked, "network-unlock", now+2); w != Watches {
+		t.Errorf("unlocked: %v", w)
+	}
+	if w := say(askLocked, "", now+1); w != Watches {
+		t.Errorf("an older word: %v", w)
+	}
+	if w := say(askLocked, "", now+3); w != Locks {
+		t.Errorf("locked again: %v", w)
+	}
+	kill(t, l.criu)
+	l.ends(t)
+}
+
+// A client whose CRIU is not known can have two tasks in one namespace, each with its guard; and a
+// debt of which nothing is left keeps no guard.
+func TestGuardsOfOneClient(t *testing.T) {
+	dir, ns := tempDir(t), namespace(t)
+	one, two := newLab(t, Dump, dir, ns), newLab(t, Dump, dir, ns)
+	words := make(chan Word, 1)
+	for _, l := range []*lab{one, two} {
+		c, err := OpenFor(one.criu, Dump, ns, 0, l.task)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(c.Close)
+		l.Checkpoint, l.lock, l.Locker = c, one.lock, one.lock
+	}
+	one.Words = words
+	one.start(t)
+	two.start(t)
+	one.lock.found.Store(false)
+	words <- Unpaid
+	one.ends(t)
+	kill(t, one.criu)
+	two.ends(t)
+}
+
 // Told to end while CRIU lives a guard stays; and without CRIU it looks once.
 func TestToldToEnd(t *testing.T) {
 	quit := make(chan os.Signal, 1)
@@ -611,6 +665,7 @@ func TestTwoGuardsAgree(t *testing.T) {
 	two.lock, two.Locker = one.lock, one.lock
 	one.start(t)
 	two.start(t)
+	two.ask(t, "network-lock", two.task)
 	kill(t, one.criu)
 	one.ends(t)
 	if one.lock.unlocks.Load() != 0 {

@@ -9,7 +9,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -159,11 +158,6 @@ func alive(path string) bool {
 	}
 	c.Close()
 	return true
-}
-
-// others tells whether another live guard watches a checkpoint in the namespace.
-func others(dir string, netns uint64, criu int) bool {
-	return slices.ContainsFunc(placesBeside(dir, netns, criu), alive)
 }
 
 // placesBeside are those of the namespace's other guards, dead ones among them.
