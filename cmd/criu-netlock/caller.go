@@ -37,9 +37,12 @@ func findCRIU(ev action.Event) (*criu, error) {
 	if pid <= 1 {
 		return nil, nil
 	}
-	fd, err := unix.PidfdOpen(pid, unix.PIDFD_NONBLOCK)
+	// An orphan that init has taken in had a CRIU. With another parent a pid that is nobody's was
+	// perhaps never CRIU's.
+	orphan := parent == 1
+	fd, err := unix.PidfdOpen(pid, 0)
 	switch {
-	case err == unix.ESRCH:
+	case err == unix.ESRCH && orphan:
 		return nil, fmt.Errorf("%w: pid %d", errCRIUGone, pid)
 	case err != nil:
 		return nil, nil // somebody who is no process
@@ -56,7 +59,7 @@ func findCRIU(ev action.Event) (*criu, error) {
 		}
 	}
 	defer c.close()
-	if err := c.alive(); err != nil {
+	if err := c.alive(); err != nil && orphan {
 		return nil, err
 	}
 	return nil, nil

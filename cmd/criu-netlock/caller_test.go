@@ -55,37 +55,49 @@ func (l *lonely) said(t *testing.T) (log string) {
 	return log
 }
 
-// What a hook of a CRIU that was killed would lock nobody would unlock, and its guard has
-// gone: it locks nothing.
+// What a hook of a CRIU that was killed would lock nobody would unlock: it locks nothing, and takes
+// off what it has locked while CRIU died.
 func TestHookOfADeadCRIU(t *testing.T) {
-	netlocktest.Need(t, "strace")
-	for _, action := range []string{"network-lock", "setup-namespaces", "post-setup-namespaces", "post-restore"} {
-		for name, late := range map[string]string{
-			"before": `sleep 0.3; "$0"`,
+	netlocktest.Need(t, "strace", "unshare", "mount")
+	for _, action := range []string{"network-lock", "setup-namespaces"} {
+		t.Run(action, func(t *testing.T) {
+			t.Parallel()
+			s := newSpace(t)
+			before := s.rules(t)
 			// It has locked by then, and does not know yet.
-			"meanwhile": `strace -f -o /dev/null -e trace=sendto -e inject=sendto:delay_exit=400000 "$0"`,
-		} {
-			if name == "meanwhile" && strings.HasPrefix(action, "post-") {
-				continue // what was there before they do not look at
+			l := newLonely(t, s, action, `strace -f -o /dev/null -e trace=sendto -e inject=sendto:delay_exit=400000 "$0"`)
+			eventually(t, "locked", func() bool { return s.isLocked(t) })
+			l.kill()
+			if log := l.said(t); !strings.Contains(log, "CRIU is gone") || !strings.Contains(log, "exit 1\n") {
+				t.Error(log)
 			}
-			t.Run(action+" "+name, func(t *testing.T) {
-				t.Parallel()
-				s := newSpace(t)
-				before := s.rules(t)
-				l := newLonely(t, s, action, late)
-				if name == "meanwhile" {
-					eventually(t, "locked", func() bool { return s.isLocked(t) })
-				} else {
-					time.Sleep(150 * time.Millisecond)
-				}
-				l.kill()
-				if log := l.said(t); !strings.Contains(log, "CRIU is gone") || !strings.Contains(log, "exit 1\n") {
-					t.Error(log)
-				}
-				if after := s.rules(t); after != before {
-					t.Errorf("this is left:\n%s", after)
-				}
-			})
+			if after := s.rules(t); after != before {
+				t.Errorf("this is left:\n%s", after)
+			}
+		})
+	}
+	t.Run("taken in by init", func(t *testing.T) {
+		t.Parallel()
+		const script = `mount -t tmpfs tmpfs /run
+unshare -n sleep 600 & task=$!
+until [ "$(readlink /proc/$task/ns/net)" != "$(readlink /proc/self/ns/net)" ]; do :; done
+export CRTOOLS_SCRIPT_ACTION=network-lock CRTOOLS_INIT_PID=$task
+sh -c 'export CRTOOLS_IMAGE_DIR=/proc/$$/fd/3; (sleep 0.3; exec "$0" 2>/run/log) & exec sleep 600' "$0" & sleep 0.1; kill -KILL $!
+until [ -s /run/log ]; do :; done; cat /run/log; "$0" status --pid $task`
+		r := execute(t, nil, "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", script, program)
+		r.want(t, 0, "CRIU is gone", "): not locked")
+	})
+}
+
+// A hook that names a pid which is nobody's, and whose parent lives, does what it is for: nobody
+// watches, that is all.
+func TestHookOfNoCRIU(t *testing.T) {
+	s := newSpace(t)
+	for _, action := range []string{"pre-dump", "network-lock", "network-unlock", "setup-namespaces", "post-restore", "network-unlock", "post-resume"} {
+		hook(t, action, s.pid, "CRTOOLS_IMAGE_DIR=/proc/"+zombie(t)+"/fd/6").want(t, 0, "action="+action)
+		hook(t, action, s.pid, "CRTOOLS_IMAGE_DIR=/proc/4194303/fd/6").want(t, 0, "action="+action)
+		if lock := action == "network-lock" || action == "setup-namespaces" || action == "post-restore"; s.isLocked(t) != lock {
+			t.Errorf("after %s: locked is %v", action, !lock)
 		}
 	}
 }
@@ -96,21 +108,19 @@ func TestCRIUKilledAtOnce(t *testing.T) {
 		action string
 		first  []string
 	}{
-		{"network-lock", []string{"pre-dump"}}, {"setup-namespaces", nil}, {"post-setup-namespaces", []string{"setup-namespaces"}},
+		{"network-lock", []string{"pre-dump"}}, {"post-setup-namespaces", []string{"setup-namespaces"}},
 	} {
 		t.Run(c.action, func(t *testing.T) {
 			s := newSpace(t)
-			for i := range 30 {
+			for i := range 15 {
 				late := `"$0"`
 				for _, a := range c.first {
 					late = "CRTOOLS_SCRIPT_ACTION=" + a + ` "$0"; ` + late
 				}
 				l := newLonely(t, s, c.action, late)
 				eventually(t, "a hook", func() bool { _, err := os.Stat(l.log); return err == nil })
-				if c.first != nil {
-					eventually(t, "guarded", func() bool { return len(guards(t, l.Process.Pid)) > 0 })
-				}
-				time.Sleep(time.Duration(i) * 200 * time.Microsecond)
+				eventually(t, "guarded", func() bool { return len(guards(t, l.Process.Pid)) > 0 })
+				time.Sleep(time.Duration(i) * 300 * time.Microsecond)
 				l.kill()
 				log := l.said(t)
 				eventually(t, "without a guard", func() bool { return len(guards(t, l.Process.Pid)) == 0 })

@@ -197,7 +197,7 @@ func runGuard(args []string) int {
 		Deadline: cfg.GuardTimeout,
 		Log:      log,
 		Hook: func(r guard.Request) guard.Answer {
-			h := hookCall{start: time.Now(), locker: locker, guard: os.Getpid(), open: opener(c), leave: r.Leave, phase: c.Phase, holder: holder, kernel: kernel, lookup: func(key string) (string, bool) {
+			h := hookCall{start: time.Now(), locker: locker, guard: os.Getpid(), open: opener(c), leave: r.Leave, orphan: r.Orphan, phase: c.Phase, holder: holder, kernel: kernel, lookup: func(key string) (string, bool) {
 				v := map[string]string{
 					action.EnvAction: r.Action, action.EnvInitPID: r.PID, action.EnvImageDir: r.ImageDir, config.EnvPath: r.Config,
 				}[key]

@@ -36,9 +36,10 @@ type hookCall struct {
 	// guard is the pid of the guard that works for the hook; 0 in the hook's own process.
 	guard int
 	criu  netlock.Caller // the guard knows it
-	// open, leave, phase, holder and kernel are the guard's.
+	// open, leave, orphan, phase, holder and kernel are the guard's.
 	open   func(pid int) (ns *netlock.Namespace, release func(), err error)
 	leave  bool
+	orphan bool
 	fresh  bool // the hook has locked where nothing of ours was
 	phase  guard.Phase
 	holder *guard.Holder
@@ -88,14 +89,17 @@ func (h *hookCall) run() (code int, line string) {
 				a.Found = func(was bool) {
 					l.Options.Caller.Fallback = guard.Policy(cfg.OnFailedRestore).Fallback(was)
 				}
+				if h.orphan {
+					gone = errCRIUGone
+				}
+				a.Wanted = func() error {
+					if gone != nil {
+						return gone
+					}
+					return by.alive()
+				}
 				if h.guard == 0 {
 					a.Turn = h.turn(cfg, unlocks)
-					a.Wanted = func() error {
-						if gone != nil {
-							return gone
-						}
-						return by.alive()
-					}
 					if out.unshed = shedAsRoot(); out.unshed == nil && early.Asks(string(ev.Action)) {
 						a.Entered = func() { out.unshed = shedInside(cfg) }
 					}

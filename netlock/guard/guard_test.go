@@ -560,6 +560,22 @@ func TestHearsOfAnUnlock(t *testing.T) {
 	}
 }
 
+// A hook that CRIU has begun before it died finds a guard that says so, though nothing was locked.
+func TestOrphan(t *testing.T) {
+	l := newLab(t, Dump, tempDir(t), namespace(t))
+	l.lock.found.Store(false)
+	l.Hook = func(r Request) Answer { return Answer{Line: fmt.Sprintln(r.Orphan)} }
+	l.start(t)
+	if a := l.ask(t, "network-lock", l.task); a != "000 false\n" {
+		t.Errorf("with CRIU: %q", a)
+	}
+	kill(t, l.criu)
+	if a := l.ask(t, "network-lock", l.task); a != "000 true\n" {
+		t.Errorf("without CRIU: %q", a)
+	}
+	l.ends(t)
+}
+
 // What a hook has done itself it tells, and the last word counts, in whichever order they come.
 func TestLastWordCounts(t *testing.T) {
 	l := newLab(t, Restore, tempDir(t), namespace(t))

@@ -43,8 +43,9 @@ type Request struct {
 	Action, PID, ImageDir, Config string
 	// Sent is the hook's CLOCK_MONOTONIC, in ns.
 	Sent int64
-	// Leave is the guard's: the unlock is left to another checkpoint in the namespace.
-	Leave bool
+	// Leave and Orphan are the guard's: the unlock is left to another checkpoint in the namespace;
+	// CRIU is dead, and nobody would take off what the hook locks.
+	Leave, Orphan bool
 }
 
 // Answer is what the hook has to say and its exit code.
