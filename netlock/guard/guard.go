@@ -224,15 +224,8 @@ func (g *Guard) Serve() error {
 		}
 	}
 	g.Ready()
-	gone := make(chan struct{})
-	go func() {
-		fd := g.CRIUfd
-		if fd < 0 {
-			fd = g.ClientFD
-		}
-		waitPidfd(fd, -1)
-		close(gone)
-	}()
+	gone, taskGone := make(chan struct{}), make(chan struct{})
+	go g.waitFor(gone, taskGone)
 	for watching := true; watching; {
 		select {
 		case <-done:
@@ -246,6 +239,10 @@ func (g *Guard) Serve() error {
 		case <-g.debt.wake:
 			if g.payOff(gone) {
 				return nil
+			}
+		case <-taskGone:
+			if taskGone = nil; !g.found() {
+				return nil // dumped and dead it would be locked
 			}
 		case <-gone:
 			watching = false
@@ -261,6 +258,29 @@ func (g *Guard) Serve() error {
 		time.Sleep(lingerTime)
 	}
 	return err
+}
+
+// waitFor closes one when CRIU, or its client, is dead, and the other one when the task is.
+func (g *Guard) waitFor(gone, taskGone chan<- struct{}) {
+	fd := g.CRIUfd
+	if fd < 0 {
+		fd = g.ClientFD
+	}
+	p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}, {Fd: int32(g.TaskFD), Events: unix.POLLIN}}
+	for {
+		_, err := unix.Poll(p, -1)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if p[1].Revents != 0 {
+			p[1].Fd = -1 // once is enough
+			close(taskGone)
+		}
+		if p[0].Revents != 0 || err != nil {
+			close(gone)
+			return
+		}
+	}
 }
 
 // id is what a guard is known by beside its namespace. A client whose CRIU is not known may have

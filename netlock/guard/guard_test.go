@@ -560,6 +560,30 @@ func TestHearsOfAnUnlock(t *testing.T) {
 	}
 }
 
+// Of a task that has died without a lock there is nothing to guard, however long CRIU lives.
+func TestTaskDies(t *testing.T) {
+	for _, phase := range []Phase{Dump, Restore} {
+		l := newLab(t, phase, tempDir(t), namespace(t))
+		l.lock.found.Store(false)
+		l.start(t)
+		kill(t, l.task)
+		l.ends(t)
+	}
+	l := newLab(t, Dump, tempDir(t), namespace(t))
+	l.start(t)
+	kill(t, l.task)
+	select {
+	case <-l.end:
+		t.Fatal("the guard of a lock ended with the task")
+	case <-time.After(50 * time.Millisecond):
+	}
+	kill(t, l.criu)
+	l.ends(t)
+	if !l.lock.found.Load() {
+		t.Error("what was dumped was unlocked")
+	}
+}
+
 // A hook that CRIU has begun before it died finds a guard that says so, though nothing was locked.
 func TestOrphan(t *testing.T) {
 	l := newLab(t, Dump, tempDir(t), namespace(t))
