@@ -10,7 +10,6 @@ import (
 	"strconv"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/criu-netlock/criu-netlock/netlock"
 	"github.com/criu-netlock/criu-netlock/netlock/action"
@@ -99,36 +98,6 @@ func TestHookOfNoCRIU(t *testing.T) {
 		if lock := action == "network-lock" || action == "setup-namespaces" || action == "post-restore"; s.isLocked(t) != lock {
 			t.Errorf("after %s: locked is %v", action, !lock)
 		}
-	}
-}
-
-// However soon CRIU is killed, no lock stays.
-func TestCRIUKilledAtOnce(t *testing.T) {
-	for _, c := range []struct {
-		action string
-		first  []string
-	}{
-		{"network-lock", []string{"pre-dump"}}, {"post-setup-namespaces", []string{"setup-namespaces"}},
-	} {
-		t.Run(c.action, func(t *testing.T) {
-			s := newSpace(t)
-			for i := range 15 {
-				late := `"$0"`
-				for _, a := range c.first {
-					late = "CRTOOLS_SCRIPT_ACTION=" + a + ` "$0"; ` + late
-				}
-				l := newLonely(t, s, c.action, late)
-				eventually(t, "a hook", func() bool { _, err := os.Stat(l.log); return err == nil })
-				eventually(t, "guarded", func() bool { return len(guards(t, l.Process.Pid)) > 0 })
-				time.Sleep(time.Duration(i) * 300 * time.Microsecond)
-				l.kill()
-				log := l.said(t)
-				eventually(t, "without a guard", func() bool { return len(guards(t, l.Process.Pid)) == 0 })
-				if s.isLocked(t) {
-					t.Fatalf("killed after %d: locked for ever\n%s", i, log)
-				}
-			}
-		})
 	}
 }
 

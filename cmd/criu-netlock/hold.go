@@ -46,11 +46,11 @@ func words(pid int) []string {
 // leavesRunning tells whether the tasks go on after the dump, as far as the command lines
 // say: CRIU's own or, where CRIU is driven by RPC, that of the runtime that started it.
 func leavesRunning(criu int) bool {
-	w := words(criu)
-	if slices.Contains(w, "swrk") {
-		return runtimeLeavesRunning(words(netlock.ParentOf(criu)))
+	if w := words(criu); slices.Contains(w, "dump") {
+		return criuLeavesRunning(w)
 	}
-	return criuLeavesRunning(w)
+	// By RPC it may have another title by now.
+	return runtimeLeavesRunning(words(netlock.ParentOf(criu)))
 }
 
 func runtimeLeavesRunning(w []string) bool {

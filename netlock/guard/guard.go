@@ -121,8 +121,6 @@ type Guard struct {
 	debt  debt
 	// client: the client has said that all is over, but for an unlock.
 	client atomic.Bool
-	// left: another guard has the lock, and this one's place is closed.
-	left bool
 	// shared: there is, or was, another checkpoint in the namespace.
 	shared atomic.Bool
 	// boardless: the client is gone, and what it has left on its board says nothing.
@@ -253,11 +251,7 @@ func (g *Guard) Serve() error {
 		g.debt.set(Watches) // what there is to wait for now is no reason for others to leave a lock
 	}
 	g.boardless.Store(true)
-	err = g.settle(done)
-	if err == nil && g.Client == 0 && !g.left {
-		time.Sleep(lingerTime)
-	}
-	return err
+	return g.settle(done)
 }
 
 // waitFor closes one when CRIU, or its client, is dead, and the other one when the task is.
@@ -439,7 +433,6 @@ func (g *Guard) once() (verdict, error) {
 	defer t.done()
 	if wantedElsewhere(g.dir(), g.NS.Inode(), g.id()) {
 		g.place.close() // before the turn ends, or the other one leaves it to us
-		g.left = true
 		return over, nil
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), unlockTime)
@@ -500,9 +493,6 @@ const (
 	turnTime   = time.Second
 	unlockTime = 5 * time.Second
 	dyingTime  = 50 * time.Millisecond
-	// lingerTime is how long a guard that has nothing to do any more waits for hooks that CRIU had
-	// begun when it died: they would lock, and nobody would unlock.
-	lingerTime = 300 * time.Millisecond
 	// restoreTime is how long a CRIU that is not known may take to kill the tasks of a
 	// restore whose client has gone, or to let them run.
 	restoreTime = 10 * time.Second

@@ -584,11 +584,15 @@ func TestTaskDies(t *testing.T) {
 	}
 }
 
-// A hook that CRIU has begun before it died finds a guard that says so, though nothing was locked.
+// A hook that CRIU has begun before it died finds a guard that says so.
 func TestOrphan(t *testing.T) {
 	l := newLab(t, Dump, tempDir(t), namespace(t))
-	l.lock.found.Store(false)
 	l.Hook = func(r Request) Answer { return Answer{Line: fmt.Sprintln(r.Orphan)} }
+	// A stopped task keeps the guard.
+	if err := unix.Kill(l.task, unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "stopped", func() bool { return Stopped(l.task) })
 	l.start(t)
 	if a := l.ask(t, "network-lock", l.task); a != "000 false\n" {
 		t.Errorf("with CRIU: %q", a)
@@ -597,6 +601,7 @@ func TestOrphan(t *testing.T) {
 	if a := l.ask(t, "network-lock", l.task); a != "000 true\n" {
 		t.Errorf("without CRIU: %q", a)
 	}
+	kill(t, l.task)
 	l.ends(t)
 }
 
