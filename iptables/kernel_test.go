@@ -232,7 +232,7 @@ func TestGolden(t *testing.T) {
 					noRaw(b)
 				}
 				ctx := within(t, 20*time.Second)
-				if res, err := b.Lock(ctx, n.Netns(), o); err != nil || res != (netlock.Result{Backend: full(v), Mode: o.Mode}) {
+				if res, err := b.Lock(ctx, n.Netns(), o); err != nil || res != (netlock.Result{Backend: full(v), New: true, Mode: o.Mode}) {
 					t.Fatalf("%+v, %v", res, err)
 				}
 				again := netlocktest.NewNS(t)
