@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -205,8 +206,8 @@ func (l *lab) checkpointComesAgain() error {
 	if len(old) != 1 {
 		return fmt.Errorf("guards: %v", old)
 	}
-	if err := unix.Kill(old[0], unix.SIGSTOP); err != nil {
-		return err
+	if err := halt(old[0]); err != nil {
+		return fmt.Errorf("stop the first guard: %w", err)
 	}
 	goOn := func() { _ = unix.Kill(old[0], unix.SIGCONT) }
 	defer goOn()
@@ -256,6 +257,27 @@ func (l *lab) checkpointComesAgain() error {
 	err = l.hookOK(d, "network-unlock")
 	d.die()
 	return errors.Join(err, quiet(guards))
+}
+
+// halt stops a process with SIGSTOP, and waits until none of its threads runs: until then it may
+// do what it likes, or end, and its pid be somebody else's too.
+func halt(pid int) error {
+	if err := unix.Kill(pid, unix.SIGSTOP); err != nil {
+		return err
+	}
+	return netlocktest.Until(func() (bool, error) {
+		threads, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
+		if err != nil || len(threads) == 0 {
+			return false, wrong(err, "%d is gone", pid)
+		}
+		for _, path := range threads {
+			b, err := os.ReadFile(path)
+			if err != nil || !strings.Contains(string(b), ") T ") {
+				return false, err
+			}
+		}
+		return true, nil
+	})
 }
 
 // gone waits until a process is dead.
