@@ -543,10 +543,11 @@ func (e *Runc) Destroy(ctx context.Context) error {
 // Renew replaces the namespace of a container that is not running by a new one,
 // as there would be on another host, which is not attached yet.
 func (e *Runc) Renew(ctx context.Context) error {
-	if _, err := e.S.Run(ctx, "ip", "netns", "del", e.ID); err != nil {
+	// A namespace that dies loses its rules before its devices, and what comes in between it resets.
+	if err := e.Net.Detach(ctx); err != nil {
 		return err
 	}
-	if err := e.Net.Detach(ctx); err != nil {
+	if _, err := e.S.Run(ctx, "ip", "netns", "del", e.ID); err != nil {
 		return err
 	}
 	_, err := e.S.Run(ctx, "ip", "netns", "add", e.ID)
