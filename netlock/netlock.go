@@ -37,6 +37,9 @@ type Options struct {
 	// Terse says that nobody wants to know of an Unlock who had locked, since when, and how
 	// many packets were dropped: with a container frozen it does not stop to read that.
 	Terse bool
+	// Passing, if set, is called by a Locker's Unlock once an intact lock is off, while it still looks whether
+	// other backends have left something. Mostly they have not, and packets pass already.
+	Passing func()
 }
 
 // Result says what Lock found and did.
@@ -181,7 +184,13 @@ func (l *Locker) Unlock(ctx context.Context, ns *Namespace) (State, error) {
 	if !ns.KeepsSockets() {
 		slices.Reverse(order)
 	}
-	st, err := each(order, func(b Backend) (State, error) { return b.Unlock(ctx, ns, l.Options) })
+	st, err := each(order, func(b Backend) (State, error) {
+		st, err := b.Unlock(ctx, ns, l.Options)
+		if l.Options.Passing != nil && err == nil && st.Locked && st.Intact {
+			l.Options.Passing()
+		}
+		return st, err
+	})
 	if err == nil && st.Found && !st.Intact {
 		err = &Error{
 			Kind: KindTampered, Op: "unlock", Namespace: ns.String(), Backend: st.Backend,

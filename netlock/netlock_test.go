@@ -91,6 +91,32 @@ func TestLockerUnlock(t *testing.T) {
 	}
 }
 
+// Passing is called for an intact lock that is off, and no other: not where one was tampered with, or
+// could not be removed.
+func TestLockerPassing(t *testing.T) {
+	whole := State{Found: true, Locked: true, Intact: true}
+	for name, c := range map[string]struct {
+		b    fake
+		want []string
+	}{
+		"locked":     {fake{state: whole}, []string{"unlock a", "unlock b", "passing"}},
+		"not locked": {fake{}, []string{"unlock a", "unlock b"}},
+		"broken":     {fake{state: State{Found: true, Locked: true}}, []string{"unlock a", "unlock b"}},
+		"failed":     {fake{state: whole, unlockErr: errors.New("no")}, []string{"unlock a", "unlock b"}},
+	} {
+		var log []string
+		a, b := &fake{name: "b", log: &log}, c.b
+		b.name, b.log = "b", &log
+		a.name = "a"
+		l := New(&b, a) // a goes first, the sockets not being kept
+		l.Options.Passing = func() { log = append(log, "passing") }
+		_, _ = l.Unlock(t.Context(), &Namespace{})
+		if !slices.Equal(log, c.want) {
+			t.Errorf("%s: did %q, want %q", name, log, c.want)
+		}
+	}
+}
+
 func TestErrorIsOneLine(t *testing.T) {
 	err := &Error{Kind: KindOther, Op: "op", Namespace: "ns\nx", Err: errors.Join(errors.New("a"), errors.New("b")), Hint: "do"}
 	if got, want := err.Error(), "ns; x: op: a; b; do"; got != want {

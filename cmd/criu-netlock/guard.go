@@ -195,6 +195,7 @@ func runGuard(args []string) int {
 		Words:    line.Words,
 		Quit:     quit,
 		Deadline: cfg.GuardTimeout,
+		Awake:    func() func() { return guard.StayAwake(cfg.CPULatency) },
 		Log:      log,
 		Hook: func(r guard.Request) guard.Answer {
 			h := hookCall{start: time.Now(), locker: locker, guard: os.Getpid(), open: opener(c), leave: r.Leave, orphan: r.Orphan, phase: c.Phase, holder: holder, kernel: kernel, lookup: func(key string) (string, bool) {

@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -620,6 +621,57 @@ func TestGuardIsDetached(t *testing.T) {
 	}
 	if at, err := os.Readlink(fmt.Sprintf("/proc/%d/cwd", pid)); err != nil || at != "/" {
 		t.Errorf("in %s, %v", at, err)
+	}
+}
+
+// While its checkpoint is at work a guard has the processors kept awake; not longer, and not where the
+// configuration says so.
+func TestGuardKeepsAwake(t *testing.T) {
+	const device = "/dev/cpu_dma_latency"
+	if _, err := os.Stat(device); err != nil {
+		netlocktest.CannotRun(t, err.Error())
+	}
+	asks := func(pid int) (n int) {
+		fds, _ := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pid))
+		for _, fd := range fds {
+			if at, err := os.Readlink(fd); err == nil && at == device {
+				n++
+			}
+		}
+		return n
+	}
+	for value, want := range map[string]int{"0s": 1, "20us": 1, "off": 0} {
+		s, c := newSpace(t), newCRIU(t, config.EnvPath+"="+file(t, "netlock.toml", "cpu-latency = \""+value+"\"\n"))
+		c.ok(t, s.pid, "pre-dump")
+		g := c.guard(t)
+		if n := asks(g); n != want {
+			t.Errorf("%s: the guard asks %d times, want %d", value, n, want)
+		}
+		c.ok(t, s.pid, "network-lock")
+		if n := asks(g); n != want {
+			t.Errorf("%s, locked: the guard asks %d times, want %d", value, n, want)
+		}
+		// CRIU dies, and the task is stopped: that can last.
+		task, err := strconv.Atoi(s.pid)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := unix.Kill(task, unix.SIGSTOP); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "stopped", func() bool { return guard.Stopped(task) })
+		c.kill()
+		killed := time.Now()
+		eventually(t, "CRIU is gone, and nobody is kept awake", func() bool { return asks(g) == 0 })
+		if took := time.Since(killed); took > 3*time.Second { // after five it would have ended by itself
+			t.Errorf("%s: asked on for %v", value, took)
+		}
+		if n := len(guards(t, c.Process.Pid)); n != 1 {
+			t.Errorf("%s: %d guards of a stopped task", value, n)
+		}
+		if err := unix.Kill(task, unix.SIGCONT); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 

@@ -34,6 +34,7 @@ func inCRIU(ctx context.Context, s *testbed.Session, dumps int) error {
 	if err := s.BuildLibrary(ctx, "libcriu", ours[0]); err != nil {
 		return err
 	}
+	const asleep = "cpu-latency = \"off\"\n"
 	rows := []struct {
 		name, lock           string
 		scripts              []string
@@ -46,8 +47,10 @@ func inCRIU(ctx context.Context, s *testbed.Session, dumps int) error {
 		{name: "CRIU's, nftables", lock: "nftables"},
 		{name: "**criu-netlock** (`skip` + action script)", lock: "skip", scripts: ours},
 		{name: "criu-netlock without its guard (`guard = false`)", lock: "skip", scripts: ours, config: "guard = false\n"},
+		{name: "criu-netlock, the processors left alone (`cpu-latency = \"off\"`)", lock: "skip", scripts: ours, config: asleep},
 		{name: "**package criurpc**, a session over `criu swrk`", lock: "skip", client: []string{testbed.BinDir + "/rpcclient", "swrk"}},
 		{name: "**in CRIU's place**, before a go-criu program", lock: "skip", client: []string{testbed.BinDir + "/rpcclient", "-criu", shim + "/criu", "plain"}},
+		{name: "the same, the processors left alone", lock: "skip", config: asleep, client: []string{testbed.BinDir + "/rpcclient", "-criu", shim + "/criu", "plain"}},
 		{name: "no lock, a go-criu program with callbacks of its own", lock: "skip", client: []string{testbed.BinDir + "/rpcclient", "plain"}},
 		{name: "package criurpc, by go-criu", lock: "skip", client: []string{testbed.BinDir + "/rpcclient", "go-criu"}},
 		{name: "the C library, by libcriu", lock: "skip", client: []string{testbed.BinDir + "/libcriu"}},

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/criu-netlock/criu-netlock/netlock"
+	"github.com/criu-netlock/criu-netlock/netlock/guard"
 )
 
 // DefaultPath is the file that is read where EnvPath names no other.
@@ -80,13 +81,16 @@ type Config struct {
 	// HoldPackets and HoldBytes bound what is held in a namespace.
 	HoldPackets uint32
 	HoldBytes   uint64
+	// CPULatency is how long a processor may take to wake up during a checkpoint;
+	// guard.AutoLatency chooses, guard.NoLatency leaves them alone.
+	CPULatency time.Duration
 }
 
 // Default is what an absent file means.
 func Default() Config {
 	return Config{
 		Backend: Auto, Timeout: 5 * time.Second, LogLevel: "info", Guard: true, GuardTimeout: time.Minute, OnFailedRestore: "previous",
-		Mode: Drop, HoldPackets: 16384, HoldBytes: 64 << 20,
+		Mode: Drop, HoldPackets: 16384, HoldBytes: 64 << 20, CPULatency: guard.AutoLatency,
 	}
 }
 
@@ -109,6 +113,21 @@ func ParseOnFailedRestore(s string) (string, error) { return oneOf(s, "previous"
 
 // ParseMode checks a value of the key mode.
 func ParseMode(s string) (string, error) { return oneOf(s, Drop, Hold, Auto) }
+
+// ParseCPULatency checks a value of the key cpu-latency.
+func ParseCPULatency(s string) (time.Duration, error) {
+	switch s {
+	case Auto:
+		return guard.AutoLatency, nil
+	case "off":
+		return guard.NoLatency, nil
+	}
+	d, err := duration(s, 0, guard.MaxLatency)
+	if err != nil && !strings.Contains(err.Error(), "range") {
+		err = fmt.Errorf("%q is none of auto, off and a duration such as 0s or 20us", clip(s))
+	}
+	return d, err
+}
 
 // checkNumber checks a number as TOML writes it.
 func checkNumber(key, s string) error {
@@ -250,6 +269,7 @@ func Parse(path string, text []byte) (Config, error) {
 		Mode            *string `toml:"mode"`
 		HoldPackets     *int64  `toml:"hold-packets"`
 		HoldBytes       *int64  `toml:"hold-bytes"`
+		CPULatency      *string `toml:"cpu-latency"`
 	}
 	if err := strict(path, text); err != nil {
 		return cfg, fail(err)
@@ -274,6 +294,7 @@ func Parse(path string, text []byte) (Config, error) {
 		Mode            value `toml:"mode"`
 		HoldPackets     int64 `toml:"hold-packets"`
 		HoldBytes       int64 `toml:"hold-bytes"`
+		CPULatency      value `toml:"cpu-latency"`
 	}{
 		Backend:         value{func(s string) (err error) { set.Backend, err = ParseBackend(s); return err }},
 		Timeout:         value{func(s string) (err error) { set.Timeout, err = ParseTimeout(s); return err }},
@@ -282,12 +303,13 @@ func Parse(path string, text []byte) (Config, error) {
 		OnFailedRestore: value{func(s string) (err error) { set.OnFailedRestore, err = ParseOnFailedRestore(s); return err }},
 		CRIU:            value{func(s string) (err error) { set.CRIU, err = ParseCRIU(s); return err }},
 		Mode:            value{func(s string) (err error) { set.Mode, err = ParseMode(s); return err }},
+		CPULatency:      value{func(s string) (err error) { set.CPULatency, err = ParseCPULatency(s); return err }},
 	}
 	check := func() error {
 		for _, f := range []struct {
 			s *string
 			v value
-		}{{raw.Backend, fields.Backend}, {raw.Timeout, fields.Timeout}, {raw.LogLevel, fields.LogLevel}, {raw.GuardTimeout, fields.GuardTimeout}, {raw.OnFailedRestore, fields.OnFailedRestore}, {raw.CRIU, fields.CRIU}, {raw.Mode, fields.Mode}} {
+		}{{raw.Backend, fields.Backend}, {raw.Timeout, fields.Timeout}, {raw.LogLevel, fields.LogLevel}, {raw.GuardTimeout, fields.GuardTimeout}, {raw.OnFailedRestore, fields.OnFailedRestore}, {raw.CRIU, fields.CRIU}, {raw.Mode, fields.Mode}, {raw.CPULatency, fields.CPULatency}} {
 			if f.s != nil {
 				if err := f.v.set(*f.s); err != nil {
 					return err
@@ -402,7 +424,7 @@ func skip(text []byte, at int, chars string) int {
 }
 
 // keys are all that a file can set.
-var keys = [...]string{"backend", "timeout", "log-level", "allow", "guard", "guard-timeout", "on-failed-restore", "criu", "mode", "hold-packets", "hold-bytes"}
+var keys = [...]string{"backend", "timeout", "log-level", "allow", "guard", "guard-timeout", "on-failed-restore", "criu", "mode", "hold-packets", "hold-bytes", "cpu-latency"}
 
 func unknownKey(key string) error {
 	return fmt.Errorf("unknown key %q; want one of %s, in small letters", clip(key), strings.Join(keys[:], ", "))

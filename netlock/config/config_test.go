@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/criu-netlock/criu-netlock/netlock"
+	"github.com/criu-netlock/criu-netlock/netlock/guard"
 )
 
 func rule(t *testing.T, s string) netlock.Rule {
@@ -46,6 +47,10 @@ func TestParse(t *testing.T) {
 		{`mode = "hold"`, func(c *Config) { c.Mode = Hold }},
 		{`mode = "auto"`, func(c *Config) { c.Mode = Auto }},
 		{"hold-packets = 1_000\nhold-bytes = +65536", func(c *Config) { c.HoldPackets, c.HoldBytes = 1000, 65536 }},
+		{`cpu-latency = "off"`, func(c *Config) { c.CPULatency = guard.NoLatency }},
+		{`cpu-latency = "auto"`, func(*Config) {}},
+		{`cpu-latency = "0s"`, func(c *Config) { c.CPULatency = 0 }},
+		{`cpu-latency = "20us"`, func(c *Config) { c.CPULatency = 20 * time.Microsecond }},
 		{`criu = "/opt/criu"`, func(c *Config) { c.CRIU = "/opt/criu" }},
 		{"allow = [\n  \"tcp dport 22\", # ssh\n  \"ip daddr 10.0.0.5 tcp dport 2049\",\n]", func(c *Config) {
 			c.Allow = []netlock.Rule{rule(t, "tcp dport 22"), rule(t, "ip daddr 10.0.0.5 tcp dport 2049")}
@@ -90,6 +95,10 @@ func TestParseErrors(t *testing.T) {
 		{"\nhold-packets = \"1\"", "2:16", "string"},
 		{"hold-bytes = 65535", "1:14", "want 65536 to"},
 		{"hold-bytes = 99999999999", "1:14", "out of range"},
+		{"\ncpu-latency = \"-1us\"", "2:15", "out of range"},
+		{"cpu-latency = \"1.1s\"", "1:15", "out of range"},
+		{"cpu-latency = \"on\"", "1:15", "auto, off and a duration"},
+		{"cpu-latency = 20", "1:15", "integer"},
 		{"criu = \"sbin/criu\"", "1:8", "no absolute path"},
 		{"timeout = 0", "1:11", "integer"},
 		{"timeout = 5.5", "1:11", "float"},

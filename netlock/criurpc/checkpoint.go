@@ -49,6 +49,8 @@ type Checkpoint struct {
 	// work is done by one goroutine until the end: a new one for each notification takes some 60 µs
 	// of the freeze, most of them because its stack has to grow.
 	work chan func()
+	// passing, if set, is called when packets pass again, before the unlock has made sure of all else.
+	passing func()
 }
 
 // NewDump begins a dump of the task with that pid; 0 is our own, as in a request that
@@ -84,6 +86,11 @@ func (c *Checkpoint) byTable(ctx context.Context, ev action.Event) (action.Repor
 	if c.handler == nil {
 		l := *c.o.Locker
 		l.Options.Terse = true
+		l.Options.Passing = func() {
+			if c.passing != nil {
+				c.passing()
+			}
+		}
 		if l.Options.Caller == (netlock.Caller{}) {
 			l.Options.Caller = ev.Caller
 		}
@@ -114,6 +121,11 @@ func (c *Checkpoint) byTable(ctx context.Context, ev action.Event) (action.Repor
 // it, 0 for none. An error is to be answered with notify_success=false. It returns
 // within Options.Timeout, and when ctx ends.
 func (c *Checkpoint) Handle(ctx context.Context, name action.Name, pid int) (action.Report, error) {
+	return c.handle(ctx, name, pid, nil)
+}
+
+// handle also calls passing, which may be nil, as soon as an unlock lets packets pass.
+func (c *Checkpoint) handle(ctx context.Context, name action.Name, pid int, passing func()) (action.Report, error) {
 	start := time.Now()
 	op := action.OpOf(name)
 	if op == action.Nothing {
@@ -126,6 +138,8 @@ func (c *Checkpoint) Handle(ctx context.Context, name action.Name, pid int) (act
 	}
 	d, err := within(ctx, c, start, string(name), func(ctx context.Context) (d done, err error) {
 		d.ev = action.Event{Action: name}
+		c.passing = passing
+		defer func() { c.passing = nil }()
 		if err = c.prepare(op, &d.ev, pid); err != nil {
 			return d, err
 		}

@@ -172,11 +172,13 @@ func (r *relay) request(ctx context.Context, m fromPeer) error {
 		return r.pass(ctx, r.criu, m) // for CRIU to refuse
 	}
 	if req.GetType() == rpc.CriuReqType_NOTIFY {
+		pass := sync.OnceValue(func() error { return r.pass(ctx, r.criu, m) })
 		if op := action.OpOf(r.pending); r.c != nil && (op == action.Unlock || op == action.Sweep) {
-			_, _ = r.c.Handle(ctx, r.pending, 0) // CRIU takes no notice; End tries again
+			// CRIU takes no notice of what becomes of it, and goes on as soon as packets pass; End tries again.
+			_, _ = r.c.handle(ctx, r.pending, 0, func() { _ = pass() })
 		}
 		r.pending = ""
-		return r.pass(ctx, r.criu, m)
+		return pass()
 	}
 	opens := opensOf(req.GetType())
 	if req.Opts == nil || opens == never {

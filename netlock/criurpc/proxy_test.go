@@ -9,11 +9,14 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/checkpoint-restore/go-criu/v8/rpc"
 	"golang.org/x/sys/unix"
+
+	"github.com/criu-netlock/criu-netlock/netlock"
 )
 
 // proxied is a proxy with a client's and CRIU's side of it.
@@ -23,6 +26,11 @@ type proxied struct {
 }
 
 func newProxied(t testing.TB, ctx context.Context, f *fake) *proxied {
+	t.Helper()
+	return newProxiedWith(t, ctx, f.options)
+}
+
+func newProxiedWith(t testing.TB, ctx context.Context, options func() Options) *proxied {
 	t.Helper()
 	ends := func() (ours int, theirs *conn) {
 		fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
@@ -35,7 +43,7 @@ func newProxied(t testing.TB, ctx context.Context, f *fake) *proxied {
 		t.Cleanup(func() { theirs.close() })
 		return fds[0], theirs
 	}
-	p := Proxy{ClientPID: os.Getpid(), Begin: func(*rpc.CriuOpts) Options { return f.options() }}
+	p := Proxy{ClientPID: os.Getpid(), Begin: func(*rpc.CriuOpts) Options { return options() }}
 	x := &proxied{done: make(chan error, 1)}
 	var client, criu *conn
 	p.Client, client = ends()
@@ -134,6 +142,83 @@ func TestProxy(t *testing.T) {
 	}
 	if _, _, err := x.client.c.receive(bg); err != io.EOF {
 		t.Errorf("the client's connection: %v", err)
+	}
+}
+
+// slow is a second backend, whose Unlock takes as long as it is let.
+type slow struct {
+	*fake
+	wait atomic.Pointer[chan struct{}]
+}
+
+func (s *slow) Name() string { return "slow" }
+
+func (s *slow) Unlock(ctx context.Context, ns *netlock.Namespace, o netlock.Options) (netlock.State, error) {
+	if w := s.wait.Load(); w != nil {
+		<-*w
+	}
+	return s.fake.Unlock(ctx, ns, o)
+}
+
+// CRIU goes on when packets pass, and not when all is looked through; of an unlock that finds no
+// lock it hears at the end.
+func TestProxyGoesOn(t *testing.T) {
+	for _, c := range []struct {
+		name    string
+		present bool
+	}{{"locked", true}, {"the lock is not the first one's", false}} {
+		t.Run(c.name, func(t *testing.T) {
+			task, f := newSleeper(t), newFake()
+			s := &slow{fake: newFake()}
+			ctx, cancel := context.WithTimeout(bg, 30*time.Second)
+			defer cancel()
+			x := newProxiedWith(t, ctx, func() Options {
+				o := f.options()
+				o.Locker = netlock.New(f, s)
+				return o
+			})
+			x.ask(dumpRequest(task.pid(), true))
+			x.criu.request()
+			for _, name := range []string{"pre-dump", "network-lock"} {
+				x.say(name)
+				x.hears()
+				x.answers(true)
+				x.criu.request()
+			}
+			if !c.present {
+				f.mu.Lock()
+				delete(f.locked, task.ino)
+				f.mu.Unlock()
+			}
+			wait := make(chan struct{})
+			s.wait.Store(&wait)
+			x.say("network-unlock")
+			x.hears()
+			x.answers(true)
+			answered := make(chan struct{})
+			go func() {
+				x.criu.request()
+				close(answered)
+			}()
+			early := false
+			select {
+			case <-answered:
+				early = true
+			case <-time.After(map[bool]time.Duration{true: 5 * time.Second, false: 200 * time.Millisecond}[c.present]):
+			}
+			if early != c.present || f.is(task.ino) {
+				t.Errorf("CRIU was answered before the end: %v; locked: %v", early, f.is(task.ino))
+			}
+			s.wait.Store(nil)
+			close(wait)
+			<-answered
+			x.criu.respond(rpc.CriuReqType_DUMP, true, "", 0)
+			x.hears()
+			x.criu.c.close()
+			if err := <-x.done; err != nil {
+				t.Error(err)
+			}
+		})
 	}
 }
 

@@ -101,6 +101,9 @@ type Guard struct {
 	Locker   Locker
 	Default  Policy        // where the Checkpoint has none
 	Deadline time.Duration // how long an unlock that fails is tried again
+	// Awake, if set, is called when the guard is in its place, and what it returns when CRIU is gone
+	// or the guard ends: see StayAwake.
+	Awake func() (end func())
 	// Hook does what a hook asks for.
 	Hook func(Request) Answer
 	// GiveUp makes a lock of mode hold one of mode drop, where nobody is left to deliver to.
@@ -221,6 +224,11 @@ func (g *Guard) Serve() error {
 			g.share()
 		}
 	}
+	rest := func() {}
+	if g.Awake != nil {
+		rest = g.Awake()
+	}
+	defer func() { rest() }()
 	g.Ready()
 	gone, taskGone := make(chan struct{}), make(chan struct{})
 	go g.waitFor(gone, taskGone)
@@ -246,6 +254,7 @@ func (g *Guard) Serve() error {
 			watching = false
 		}
 	}
+	rest()
 	g.gone = time.Now()
 	if g.debt.get() == Locks {
 		g.debt.set(Watches) // what there is to wait for now is no reason for others to leave a lock
