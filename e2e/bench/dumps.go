@@ -66,6 +66,7 @@ type dumpWay struct {
 	scripts          []string
 	felt             []traffic.Felt
 	freezes          []time.Duration
+	failed           int // dumps, for want of a lock
 }
 
 // dumper is an engine whose container can be dumped under another lock each time.
@@ -132,7 +133,7 @@ func feltDumps(ctx context.Context, name string, e dumper, n *testbed.Net, dumps
 	defer c.Close()
 	ways := dumpWays()
 	for d := range dumps + 1 {
-		for i := range ways {
+		for i := 0; i < len(ways); i++ {
 			w := &ways[i]
 			if err := use(*w); err != nil {
 				return err
@@ -143,6 +144,11 @@ func feltDumps(ctx context.Context, name string, e dumper, n *testbed.Net, dumps
 			}
 			err = e.Dump(ctx, true)
 			felt, e2 := end()
+			if err != nil && e2 == nil && w.criu == "skip" && w.scripts == nil && w.failed < dumps {
+				w.failed++ // a packet has come into a socket that CRIU was reading
+				i--
+				continue
+			}
 			freeze, e3 := e.Freeze()
 			if err := errors.Join(err, e2, e3); err != nil {
 				return fmt.Errorf("%s: %w", w.name, err)
@@ -162,6 +168,9 @@ func printFelt(engine string, dumps int, ways []dumpWay) {
 	fmt.Println("| lock | freeze | longest gap | beyond the freeze | longest connect | connects over 500 ms | SYNs again | datagrams lost | twice | broken |")
 	fmt.Println("|---|---|---|---|---|---|---|---|---|---|")
 	for _, w := range ways {
+		if w.failed > 0 {
+			defer fmt.Printf("\n(%d more dumps failed, with %s.)\n", w.failed, w.name)
+		}
 		var gaps, beyond, connects []time.Duration
 		var sum traffic.Felt
 		for i, f := range w.felt {

@@ -235,9 +235,11 @@ func (g *Guard) Serve() error {
 	for watching := true; watching; {
 		select {
 		case <-done:
+			g.linger()
 			return nil
 		case w := <-g.Words:
 			if w != Unpaid {
+				g.linger()
 				return nil
 			}
 			g.client.Store(true)
@@ -261,6 +263,19 @@ func (g *Guard) Serve() error {
 	}
 	g.boardless.Store(true)
 	return g.settle(done)
+}
+
+// lingerTime is how long the tasks of a dump have the processors to themselves.
+const lingerTime = 30 * time.Millisecond
+
+// linger puts off the end of this process, and with it of all that it has in the kernel, which takes
+// a processor's time when the tasks have just gone on and have to catch up. What a restore
+// has made it does not keep from dying.
+func (g *Guard) linger() {
+	if g.Phase == Dump {
+		g.place.close()
+		time.Sleep(lingerTime)
+	}
 }
 
 // waitFor closes one when CRIU, or its client, is dead, and the other one when the task is.
