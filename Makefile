@@ -94,7 +94,7 @@ bench: deps ## measure beside what a user would use instead, as ratios (5 minute
 # Killed, refused and robbed at every point there is, instead of the few of `make test`.
 faults: export CI = true
 faults: deps ## try every fault that can be counted, and print how many there were
-	$(GO) test -v -count=1 -parallel 3 -timeout 60m ./e2e/faults -faults.all
+	$(GO) test -v -count=1 -parallel 4 -timeout 60m ./e2e/faults -faults.all
 	$(GO) test -v -count=1 -timeout 20m -run 'TestKilled|TestEnginesKilled|TestEngineKilled|TestRuncKilled|TestDiskFull|TestPaused|TestCapabilities|TestManyCheckpoints' ./e2e -every-hook
 
 demo: deps ## checkpoint and restore a container with a live connection

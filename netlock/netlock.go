@@ -37,8 +37,9 @@ type Options struct {
 	// Terse says that nobody wants to know of an Unlock who had locked, since when, and how
 	// many packets were dropped: with a container frozen it does not stop to read that.
 	Terse bool
-	// Passing, if set, is called by a Locker's Unlock once an intact lock is off, while it still looks whether
-	// other backends have left something. Mostly they have not, and packets pass already.
+	// Passing, if set, is called by a Locker's Unlock, one time at most, when an intact lock has gone and
+	// nothing has failed, before it looks whether further backends have left something. Mostly they
+	// have not, and packets pass already.
 	Passing func()
 }
 
@@ -184,10 +185,16 @@ func (l *Locker) Unlock(ctx context.Context, ns *Namespace) (State, error) {
 	if !ns.KeepsSockets() {
 		slices.Reverse(order)
 	}
+	passing := l.Options.Passing
 	st, err := each(order, func(b Backend) (State, error) {
 		st, err := b.Unlock(ctx, ns, l.Options)
-		if l.Options.Passing != nil && err == nil && st.Locked && st.Intact {
-			l.Options.Passing()
+		switch {
+		case errors.Is(err, ErrUnsupported) || passing == nil:
+		case err != nil:
+			passing = nil
+		case st.Locked && st.Intact:
+			passing()
+			passing = nil
 		}
 		return st, err
 	})

@@ -91,24 +91,27 @@ func TestLockerUnlock(t *testing.T) {
 	}
 }
 
-// Passing is called for an intact lock that is off, and no other: not where one was tampered with, or
+// Passing is called for the first intact lock that is off: not where it was tampered with, or something
 // could not be removed.
 func TestLockerPassing(t *testing.T) {
 	whole := State{Found: true, Locked: true, Intact: true}
 	for name, c := range map[string]struct {
-		b    fake
+		a, b fake
 		want []string
 	}{
-		"locked":     {fake{state: whole}, []string{"unlock a", "unlock b", "passing"}},
-		"not locked": {fake{}, []string{"unlock a", "unlock b"}},
-		"broken":     {fake{state: State{Found: true, Locked: true}}, []string{"unlock a", "unlock b"}},
-		"failed":     {fake{state: whole, unlockErr: errors.New("no")}, []string{"unlock a", "unlock b"}},
+		"locked":              {fake{}, fake{state: whole}, []string{"unlock a", "unlock b", "passing"}},
+		"by the first":        {fake{state: whole}, fake{}, []string{"unlock a", "passing", "unlock b"}},
+		"by both":             {fake{state: whole}, fake{state: whole}, []string{"unlock a", "passing", "unlock b"}},
+		"not locked":          {fake{}, fake{}, []string{"unlock a", "unlock b"}},
+		"broken":              {fake{}, fake{state: State{Found: true, Locked: true}}, []string{"unlock a", "unlock b"}},
+		"failed":              {fake{}, fake{state: whole, unlockErr: errors.New("no")}, []string{"unlock a", "unlock b"}},
+		"the first failed":    {fake{unlockErr: errors.New("no")}, fake{state: whole}, []string{"unlock a", "unlock b"}},
+		"the first is not it": {fake{unlockErr: ErrUnsupported}, fake{state: whole}, []string{"unlock a", "unlock b", "passing"}},
 	} {
 		var log []string
-		a, b := &fake{name: "b", log: &log}, c.b
-		b.name, b.log = "b", &log
-		a.name = "a"
-		l := New(&b, a) // a goes first, the sockets not being kept
+		a, b := c.a, c.b
+		a.name, b.name, a.log, b.log = "a", "b", &log, &log
+		l := New(&b, &a) // a goes first, the sockets not being kept
 		l.Options.Passing = func() { log = append(log, "passing") }
 		_, _ = l.Unlock(t.Context(), &Namespace{})
 		if !slices.Equal(log, c.want) {

@@ -161,6 +161,7 @@ func runGuard(args []string) int {
 	cfg, err := loadConfig(config.Path(os.LookupEnv))
 	if err != nil {
 		log("%v; the guard goes by the defaults", err)
+		cfg.CPULatency = guard.NoLatency // the file may say so, behind what is wrong with it
 	}
 	caller := c.CRIU
 	if caller == 0 {

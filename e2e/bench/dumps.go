@@ -66,7 +66,7 @@ type dumpWay struct {
 	scripts          []string
 	felt             []traffic.Felt
 	freezes          []time.Duration
-	failed           int // dumps, for want of a lock
+	failed           int // dumps, and were made once more
 }
 
 // dumper is an engine whose container can be dumped under another lock each time.
@@ -144,8 +144,10 @@ func feltDumps(ctx context.Context, name string, e dumper, n *testbed.Net, dumps
 			}
 			err = e.Dump(ctx, true)
 			felt, e2 := end()
-			if err != nil && e2 == nil && w.criu == "skip" && w.scripts == nil && w.failed < dumps {
-				w.failed++ // a packet has come into a socket that CRIU was reading
+			if err != nil && e2 == nil && w.criu == "skip" && w.scripts == nil && w.failed < dumps && ctx.Err() == nil {
+				// A packet can come into a socket that CRIU is reading.
+				fmt.Fprintf(os.Stderr, "%s: once more: %v\n", w.name, err)
+				w.failed++
 				i--
 				continue
 			}

@@ -260,7 +260,7 @@ func (l *lab) checkpointComesAgain() error {
 }
 
 // halt stops a process with SIGSTOP, and waits until none of its threads runs: until then it may
-// do what it likes, or end, and its pid be somebody else's too.
+// do what it likes, or end, and soon its pid is somebody else's.
 func halt(pid int) error {
 	if err := unix.Kill(pid, unix.SIGSTOP); err != nil {
 		return err
@@ -272,6 +272,9 @@ func halt(pid int) error {
 		}
 		for _, path := range threads {
 			b, err := os.ReadFile(path)
+			if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ESRCH) {
+				return false, nil // another look
+			}
 			if err != nil || !strings.Contains(string(b), ") T ") {
 				return false, err
 			}

@@ -56,9 +56,11 @@ func suites() []suite {
 
 // hooksInUse has a namespace with base chains at all hooks until the end. The first and the last one
 // of a machine patch the kernel's code, and under qemu's emulation a processor can stay in the
-// breakpoint of that for ever (a soft lockup in ip6_xmit, with two of ten runs of TestOlderRunc).
+// breakpoint of that for ever (a soft lockup in ip6_xmit, with three of seventeen runs of TestOlderRunc).
 const hooksInUse = `unshare -n sh -c 'for h in prerouting input forward output postrouting; do echo "add chain inet t $h { type filter hook $h priority 0; }"; done |
-	{ echo "add table inet t"; cat; } | nft -f - && exec sleep 100000' </dev/null >/dev/null 2>&1 &
+	{ echo "add table inet t"; cat; } | nft -f - && touch /run/hooks && exec sleep 100000' </dev/null >/dev/null &
+for i in $(seq 300); do [ -e /run/hooks ] && break; sleep 0.1; done
+[ -e /run/hooks ] || { echo 'the hooks are not in use'; exit 1; }
 `
 
 // section begins what a test program says.

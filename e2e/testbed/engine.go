@@ -543,7 +543,7 @@ func (e *Runc) Destroy(ctx context.Context) error {
 // Renew replaces the namespace of a container that is not running by a new one,
 // as there would be on another host, which is not attached yet.
 func (e *Runc) Renew(ctx context.Context) error {
-	// A namespace that dies loses its rules before its devices, and what comes in between it resets.
+	// A namespace that dies loses its rules before its devices, and what comes in between is reset.
 	if err := e.Net.Detach(ctx); err != nil {
 		return err
 	}

@@ -122,11 +122,14 @@ func ParseCPULatency(s string) (time.Duration, error) {
 	case "off":
 		return guard.NoLatency, nil
 	}
-	d, err := duration(s, 0, guard.MaxLatency)
-	if err != nil && !strings.Contains(err.Error(), "range") {
-		err = fmt.Errorf("%q is none of auto, off and a duration such as 0s or 20us", clip(s))
+	d, err := time.ParseDuration(s)
+	switch {
+	case err != nil:
+		return 0, fmt.Errorf("%q is none of auto, off and a duration such as 0s or 20us", clip(s))
+	case d%time.Microsecond != 0:
+		return 0, fmt.Errorf("%q is no whole number of microseconds", clip(s))
 	}
-	return d, err
+	return duration(s, 0, guard.MaxLatency)
 }
 
 // checkNumber checks a number as TOML writes it.

@@ -98,6 +98,8 @@ func TestParseErrors(t *testing.T) {
 		{"\ncpu-latency = \"-1us\"", "2:15", "out of range"},
 		{"cpu-latency = \"1.1s\"", "1:15", "out of range"},
 		{"cpu-latency = \"on\"", "1:15", "auto, off and a duration"},
+		{"cpu-latency = \"orange\"", "1:15", "auto, off and a duration"},
+		{"cpu-latency = \"500ns\"", "1:15", "no whole number of microseconds"},
 		{"cpu-latency = 20", "1:15", "integer"},
 		{"criu = \"sbin/criu\"", "1:8", "no absolute path"},
 		{"timeout = 0", "1:11", "integer"},

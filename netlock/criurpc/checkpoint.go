@@ -86,9 +86,12 @@ func (c *Checkpoint) byTable(ctx context.Context, ev action.Event) (action.Repor
 	if c.handler == nil {
 		l := *c.o.Locker
 		l.Options.Terse = true
+		theirs := l.Options.Passing
 		l.Options.Passing = func() {
-			if c.passing != nil {
-				c.passing()
+			for _, f := range []func(){c.passing, theirs} {
+				if f != nil {
+					f()
+				}
 			}
 		}
 		if l.Options.Caller == (netlock.Caller{}) {

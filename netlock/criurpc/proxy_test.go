@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/criu-netlock/criu-netlock/netlock"
+	"github.com/criu-netlock/criu-netlock/netlock/netlocktest"
 )
 
 // proxied is a proxy with a client's and CRIU's side of it.
@@ -190,6 +191,7 @@ func TestProxyGoesOn(t *testing.T) {
 				delete(f.locked, task.ino)
 				f.mu.Unlock()
 			}
+			before := len(s.seen())
 			wait := make(chan struct{})
 			s.wait.Store(&wait)
 			x.say("network-unlock")
@@ -212,6 +214,15 @@ func TestProxyGoesOn(t *testing.T) {
 			s.wait.Store(nil)
 			close(wait)
 			<-answered
+			// One answer, and no other, when all is looked through.
+			if err := netlocktest.Until(func() (bool, error) { return slices.Contains(s.seen()[before:], "unlock"), nil }); err != nil {
+				t.Error(err)
+			}
+			again, cancelAgain := context.WithTimeout(bg, 100*time.Millisecond)
+			if b, _, err := x.criu.c.receive(again); err == nil {
+				t.Errorf("CRIU was answered once more: %q", b)
+			}
+			cancelAgain()
 			x.criu.respond(rpc.CriuReqType_DUMP, true, "", 0)
 			x.hears()
 			x.criu.c.close()
@@ -222,7 +233,6 @@ func TestProxyGoesOn(t *testing.T) {
 	}
 }
 
-// Every way in which a dump through the proxy can fail leaves the task unlocked.
 // A context that ends ends it, whoever is silent, and leaves no lock; and the log has what was
 // unlocked in CRIU's place.
 func TestProxyEnded(t *testing.T) {
@@ -250,6 +260,7 @@ func TestProxyEnded(t *testing.T) {
 	}
 }
 
+// Every way in which a dump through the proxy can fail leaves the task unlocked.
 func TestProxyFails(t *testing.T) {
 	for name, c := range map[string]struct {
 		wants bool

@@ -7,6 +7,8 @@ package guard
 import (
 	"encoding/binary"
 	"os"
+	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -14,7 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// latencyDevice is the kernel's PM QoS of processors: who has it open has a wish, which ends with
+// latencyDevice is the kernel's PM QoS of processors: who has written to it has a wish, which ends with
 // the descriptor, however the process ends.
 const latencyDevice = "/dev/cpu_dma_latency"
 
@@ -25,44 +27,60 @@ const (
 	NoLatency
 )
 
-// MaxLatency bounds them.
+// MaxLatency bounds them. The kernel counts whole microseconds.
 const MaxLatency = time.Second
 
-// awakeTime is how long processors are kept awake at most: to wake up is a small part of a longer freeze.
+// awakeTime is how long a guard has processors kept awake at most: to wake up is a small part of a longer
+// freeze.
 const awakeTime = 5 * time.Second
 
-// shallow is the first sleep of the processors that there are (C1, WFI), which costs nobody anything:
-// below it they have to run in a loop, which takes from a neighbour on the same core.
-const shallow = 2 * time.Microsecond
+// cpuidle has the driver of the processors' sleep, and sleeps the states of the first processor.
+const (
+	cpuidle = "/sys/devices/system/cpu/cpuidle/current_driver"
+	sleeps  = "/sys/devices/system/cpu/cpu0/cpuidle/state*/latency"
+)
 
-// haltPoll is the kernel's driver for virtual machines. It calls leaving the machine 1 µs, which takes
-// some 50; the only way to stay in it is the loop.
+// haltPoll is the kernel's driver for virtual machines. It says that its sleep takes 1 µs to wake from, but to
+// sleep is to leave the machine, and to come back takes some 50 µs.
 const haltPoll = "haltpoll"
 
-// cpuidleDriver has the name of the driver, or "none": then nobody heeds a wish.
-const cpuidleDriver = "/sys/devices/system/cpu/cpuidle/current_driver"
-
-// latencyOf is what a latency means on this machine; NoLatency if nothing is to be asked for.
-func latencyOf(d time.Duration, driver string) time.Duration {
-	switch {
-	case d != AutoLatency:
-		return d
-	case driver == "" || driver == "none":
-		return NoLatency
-	case driver == haltPoll:
+// autoLatency is that of the first sleep there is (C1, WFI): without any the processors run in a loop,
+// which takes from a neighbour on the same core. In a virtual machine only the loop stays in it. NoLatency
+// says that nobody would heed a wish.
+func autoLatency(driver string, latencies []string) time.Duration {
+	if driver == haltPoll {
 		return 0
 	}
-	return shallow
+	first := NoLatency
+	for _, s := range latencies {
+		us, err := strconv.ParseUint(strings.TrimSpace(s), 10, 31)
+		if d := time.Duration(us) * time.Microsecond; err == nil && d > 0 && (first < 0 || d < first) {
+			first = d
+		}
+	}
+	return first
 }
 
 // StayAwake asks the kernel that no processor of this machine sleeps so deep that waking takes longer
-// than d, AutoLatency, NoLatency or at most MaxLatency, for five seconds or until end is called. Where that
-// is not to be had, a checkpoint takes as long as it takes.
-func StayAwake(d time.Duration) (end func()) { return awake(latencyDevice, d, awakeTime) }
+// than d, for five seconds or until end is called. d is AutoLatency, NoLatency or at most MaxLatency, in
+// whole microseconds. Where that is not to be had, a checkpoint takes as long as it takes.
+func StayAwake(d time.Duration) (end func()) {
+	if d == AutoLatency {
+		driver, _ := os.ReadFile(cpuidle)
+		var latencies []string
+		states, _ := filepath.Glob(sleeps)
+		for _, path := range states {
+			if b, err := os.ReadFile(path); err == nil {
+				latencies = append(latencies, string(b))
+			}
+		}
+		d = autoLatency(strings.TrimSpace(string(driver)), latencies)
+	}
+	return awake(latencyDevice, d, awakeTime)
+}
 
 func awake(device string, d, limit time.Duration) (end func()) {
-	b, _ := os.ReadFile(cpuidleDriver)
-	if d = latencyOf(d, strings.TrimSpace(string(b))); d < 0 {
+	if d < 0 {
 		return func() {}
 	}
 	fd, err := unix.Open(device, unix.O_WRONLY|unix.O_CLOEXEC|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)

@@ -8,18 +8,21 @@ import (
 	"time"
 )
 
-func TestLatencyOf(t *testing.T) {
+func TestAutoLatency(t *testing.T) {
 	for _, c := range []struct {
-		asked  time.Duration
 		driver string
+		states []string
 		want   time.Duration
 	}{
-		{AutoLatency, "haltpoll", 0}, {AutoLatency, "intel_idle", shallow}, {AutoLatency, "acpi_idle", shallow},
-		{AutoLatency, "none", NoLatency}, {AutoLatency, "", NoLatency},
-		{NoLatency, "haltpoll", NoLatency}, {0, "none", 0}, {20 * time.Microsecond, "haltpoll", 20 * time.Microsecond},
+		{"haltpoll", []string{"0\n", "1\n"}, 0},
+		{"intel_idle", []string{"0\n", "2\n", "10\n", "133\n"}, 2 * time.Microsecond},
+		{"intel_idle", []string{"133\n", "3\n", "0\n"}, 3 * time.Microsecond},
+		{"acpi_idle", []string{"0\n"}, NoLatency},
+		{"psci_idle", []string{"x\n", "", "-4\n", "99999999999\n"}, NoLatency},
+		{"none", nil, NoLatency}, {"", nil, NoLatency},
 	} {
-		if got := latencyOf(c.asked, c.driver); got != c.want {
-			t.Errorf("%v with %q: %v, want %v", c.asked, c.driver, got, c.want)
+		if got := autoLatency(c.driver, c.states); got != c.want {
+			t.Errorf("%s, %q: %v, want %v", c.driver, c.states, got, c.want)
 		}
 	}
 }

@@ -101,8 +101,8 @@ type Guard struct {
 	Locker   Locker
 	Default  Policy        // where the Checkpoint has none
 	Deadline time.Duration // how long an unlock that fails is tried again
-	// Awake, if set, is called when the guard is in its place, and what it returns when CRIU is gone
-	// or the guard ends: see StayAwake.
+	// Awake, if set, is called when the guard is in its place; what it returns is called when CRIU is
+	// gone, or else when the guard ends. See StayAwake.
 	Awake func() (end func())
 	// Hook does what a hook asks for.
 	Hook func(Request) Answer
@@ -246,6 +246,7 @@ func (g *Guard) Serve() error {
 			g.debt.make(time.Now())
 		case <-g.debt.wake:
 			if g.payOff(gone) {
+				g.linger()
 				return nil
 			}
 		case <-taskGone:
@@ -269,12 +270,12 @@ func (g *Guard) Serve() error {
 const lingerTime = 30 * time.Millisecond
 
 // linger puts off the end of this process, and with it of all that it has in the kernel, which takes
-// a processor's time when the tasks have just gone on and have to catch up. What a restore
-// has made it does not keep from dying.
+// a processor's time when the tasks have just gone on and have to catch up. Its place is free meanwhile.
+// A namespace whose tasks are dead is not kept by it, nor one that a restore has made, which may fail yet.
 func (g *Guard) linger() {
 	if g.Phase == Dump {
 		g.place.close()
-		time.Sleep(lingerTime)
+		waitPidfd(g.TaskFD, int(lingerTime.Milliseconds()))
 	}
 }
 

@@ -322,6 +322,37 @@ func TestUnlocksWhenTheClientIsKilled(t *testing.T) {
 	}
 }
 
+// A guard whose tasks go on leaves them the processors: its place is free at once, for the guard of the
+// next dump, and its process ends later. What is dead it does not keep.
+func TestLingers(t *testing.T) {
+	for name, dead := range map[string]bool{"the task lives": false, "the task is dead": true} {
+		t.Run(name, func(t *testing.T) {
+			l := newLab(t, Dump, tempDir(t), namespace(t))
+			l.forClient(t)
+			said := make(chan Word, 1)
+			l.Words = said
+			l.start(t)
+			if dead {
+				kill(t, l.task)
+			}
+			path := filepath.Join(l.Guard.Dir, nameOf(l.NS.Inode(), l.id()))
+			freed := make(chan time.Time, 1)
+			go func() {
+				for alive(path) {
+					time.Sleep(100 * time.Microsecond)
+				}
+				freed <- time.Now()
+			}()
+			said <- Done
+			l.ends(t)
+			end := time.Now()
+			if took := end.Sub(<-freed); (took < lingerTime/2) != dead {
+				t.Errorf("its place was free %v before its end", took)
+			}
+		})
+	}
+}
+
 // A client that says that all is over has decided itself.
 func TestClientSaysOver(t *testing.T) {
 	l := newLab(t, Dump, tempDir(t), namespace(t))
