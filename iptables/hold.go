@@ -155,8 +155,8 @@ func (s *session) deliver(ps []place, st *netlock.State) (changed bool) {
 	})
 	if err == nil {
 		var held netlock.Queue
-		held, err = s.o.Holder.Release(s.ctx, s.ns, q.num(), netlock.Repeat, func() error {
-			return each(func(p place) string { return p.openInput(keep, cmp.Or(p.comment, s.comment)) })
+		held, err = s.o.Holder.Release(s.ctx, s.ns, q.num(), netlock.Repeat, func() (uint64, error) {
+			return 0, each(func(p place) string { return p.openInput(keep, cmp.Or(p.comment, s.comment)) })
 		})
 		if err == nil {
 			st.Queue = held

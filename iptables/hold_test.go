@@ -28,8 +28,9 @@ func (h *fakeHolder) Bind(context.Context, *netlock.Namespace) (uint16, bool, er
 	return 0xC114, h.bound == 1, h.err
 }
 
-func (h *fakeHolder) Release(_ context.Context, _ *netlock.Namespace, num uint16, _ netlock.Verdict, open func() error) (netlock.Queue, error) {
-	return netlock.Queue{Number: num, Delivered: 7}, errors.Join(h.err, open())
+func (h *fakeHolder) Release(_ context.Context, _ *netlock.Namespace, num uint16, _ netlock.Verdict, open func() (uint64, error)) (netlock.Queue, error) {
+	_, err := open()
+	return netlock.Queue{Number: num, Delivered: 7}, errors.Join(h.err, err)
 }
 
 func (h *fakeHolder) Drop(*netlock.Namespace) { h.dropped++ }

@@ -29,9 +29,10 @@ type Holder interface {
 	// that this Holder cannot hold there, and the lock is to drop.
 	Bind(ctx context.Context, ns *Namespace) (queue uint16, fresh bool, err error)
 	// Release delivers what a queue holds by a verdict, whoever bound it, and gives it up. It
-	// calls open, which makes the lock let in what comes, when nothing is left in the queue, and
-	// delivers what came meanwhile before it returns. The namespace can send by then.
-	Release(ctx context.Context, ns *Namespace, queue uint16, v Verdict, open func() error) (Queue, error)
+	// calls open, which makes the lock let in what comes and tells how many packets the lock has
+	// sent to the queue, 0 for not known, when nothing is left in the queue, and delivers what came
+	// meanwhile before it returns. The namespace can send by then.
+	Release(ctx context.Context, ns *Namespace, queue uint16, v Verdict, open func() (sent uint64, err error)) (Queue, error)
 	// Drop gives up what Bind has taken, and all that it holds.
 	Drop(ns *Namespace)
 }

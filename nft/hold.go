@@ -80,7 +80,12 @@ func (s *session) deliver(v view, st *netlock.State) {
 	err := open(cs[1])
 	if err == nil {
 		var q netlock.Queue
-		if q, err = s.o.Holder.Release(s.ctx, s.ns, v.queue.num, netlock.Accept, func() error { return open(cs[0]) }); err == nil {
+		if q, err = s.o.Holder.Release(s.ctx, s.ns, v.queue.num, netlock.Accept, func() (uint64, error) {
+			if err := open(cs[0]); err != nil {
+				return 0, err
+			}
+			return s.sent(v, cs[0]), nil
+		}); err == nil {
 			st.Queue = q
 		}
 	}
@@ -88,4 +93,17 @@ func (s *session) deliver(v view, st *netlock.State) {
 		st.NotDelivered = err
 		s.o.Holder.Drop(s.ns)
 	}
+}
+
+// sent is how many packets the lock has sent to its queue, as its own rule has counted them; 0 if that
+// cannot be read.
+func (s *session) sent(v view, c chain) (packets uint64) {
+	ans, err := s.conn.Ask(s.ctx, getRule(v.name, c, v.sender))
+	if err != nil {
+		return 0
+	}
+	for _, o := range ans[0].Objects {
+		packets, _ = firstCounter(o)
+	}
+	return packets
 }

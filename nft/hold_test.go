@@ -3,10 +3,12 @@ package nft_test
 import (
 	"context"
 	"errors"
+	"net"
 	"strings"
 	"testing"
 
 	"github.com/criu-netlock/criu-netlock/netlock"
+	"github.com/criu-netlock/criu-netlock/netlock/netlocktest"
 	"github.com/criu-netlock/criu-netlock/nft"
 )
 
@@ -15,6 +17,7 @@ type fakeHolder struct {
 	err           error
 	bound, opened int
 	dropped       int
+	sent          uint64 // what the lock said when it was opened
 }
 
 func (h *fakeHolder) Bind(context.Context, *netlock.Namespace) (uint16, bool, error) {
@@ -22,9 +25,11 @@ func (h *fakeHolder) Bind(context.Context, *netlock.Namespace) (uint16, bool, er
 	return 0xC114, h.bound == 1, h.err
 }
 
-func (h *fakeHolder) Release(_ context.Context, _ *netlock.Namespace, num uint16, _ netlock.Verdict, open func() error) (netlock.Queue, error) {
+func (h *fakeHolder) Release(_ context.Context, _ *netlock.Namespace, num uint16, _ netlock.Verdict, open func() (uint64, error)) (netlock.Queue, error) {
 	h.opened++
-	return netlock.Queue{Number: num, Delivered: 7}, errors.Join(h.err, open())
+	sent, err := open()
+	h.sent = sent
+	return netlock.Queue{Number: num, Delivered: 7}, errors.Join(h.err, err)
 }
 
 func (h *fakeHolder) Drop(*netlock.Namespace) { h.dropped++ }
@@ -59,6 +64,43 @@ func TestHoldGolden(t *testing.T) {
 	}
 	if left := s.nft("", "list", "ruleset"); left != "" {
 		t.Errorf("left behind:\n%s", left)
+	}
+}
+
+// Who delivers is told how many packets the lock has sent, whatever is in its chain before.
+func TestHoldSent(t *testing.T) {
+	for _, allow := range [][]netlock.Rule{nil, {{Proto: "tcp", Dport: 22}, {Proto: "icmpv6"}}} {
+		p, b, h := netlocktest.NewPair(t), nft.New(), &fakeHolder{}
+		defer b.Wait()
+		o := options
+		o.Mode, o.Holder, o.Allow = netlock.Hold, h, allow
+		if _, err := b.Lock(t.Context(), p.Inside.Netns(), o); err != nil {
+			t.Fatal(err)
+		}
+		before, err := b.State(t.Context(), p.Inside.Netns(), o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = p.Peer.Do(func() error {
+			c, err := net.Dial("udp4", netlocktest.InsideV4+":7801")
+			if err != nil {
+				return err
+			}
+			defer c.Close()
+			for range 3 {
+				if _, err := c.Write([]byte("x")); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		st, err := b.Unlock(t.Context(), p.Inside.Netns(), o)
+		if err != nil || h.sent != st.DroppedIn || h.sent < before.DroppedIn+3 {
+			t.Errorf("%d were sent; unlock: %+v, %v", h.sent, st, err)
+		}
 	}
 }
 

@@ -125,10 +125,7 @@ func (s *session) dropped(ctx context.Context, n note) (in, out uint64, err erro
 	for i, c := range chains() {
 		// The kernel numbers what a batch adds to a new table: a chain, its rules, the other chain, its rules.
 		last := uint64(i+1) * (1 + rules)
-		attrs := nfnl.AttrString(nil, unix.NFTA_RULE_TABLE, n.name)
-		attrs = nfnl.AttrString(attrs, unix.NFTA_RULE_CHAIN, c.name)
-		attrs = nfnl.Attr(attrs, unix.NFTA_RULE_HANDLE, binary.BigEndian.AppendUint64(nil, last))
-		reqs = append(reqs, nfnl.Request{Cmd: unix.NFT_MSG_GETRULE, Family: unix.NFPROTO_INET, Attrs: attrs})
+		reqs = append(reqs, getRule(n.name, c, last))
 	}
 	ans, err := s.conn.Ask(ctx, reqs...)
 	if err != nil {
@@ -147,22 +144,41 @@ func (s *session) dropped(ctx context.Context, n note) (in, out uint64, err erro
 	return packets[0], packets[1], nil
 }
 
+// getRule asks for one rule.
+func getRule(table string, c chain, handle uint64) nfnl.Request {
+	attrs := nfnl.AttrString(nil, unix.NFTA_RULE_TABLE, table)
+	attrs = nfnl.AttrString(attrs, unix.NFTA_RULE_CHAIN, c.name)
+	attrs = nfnl.Attr(attrs, unix.NFTA_RULE_HANDLE, binary.BigEndian.AppendUint64(nil, handle))
+	return nfnl.Request{Cmd: unix.NFT_MSG_GETRULE, Family: unix.NFPROTO_INET, Attrs: attrs}
+}
+
 var errNoCounter = errors.New("a rule of the lock is not where it was put")
 
 // onlyCounter reads a rule that is a counter and nothing more.
 func onlyCounter(o nfnl.Object) (packets uint64, ok bool) {
-	exprs := 0
+	packets, behind := firstCounter(o)
+	return packets, behind == 0
+}
+
+// firstCounter reads a rule that begins with a counter, and tells how many expressions stand behind
+// it; -1 if it does not.
+func firstCounter(o nfnl.Object) (packets uint64, behind int) {
+	exprs, first := 0, false
 	nfnl.Walk(o.Attrs, func(typ uint16, b []byte) {
 		if typ != unix.NFTA_RULE_EXPRESSIONS {
 			return
 		}
 		nfnl.Walk(b, func(_ uint16, e []byte) {
-			name, data, is := splitExpr(e)
-			packets, ok = counted(data), is && name == "counter"
+			if name, data, ok := splitExpr(e); exprs == 0 && ok && name == "counter" {
+				packets, first = counted(data), true
+			}
 			exprs++
 		})
 	})
-	return packets, ok && exprs == 1
+	if !first {
+		return 0, -1
+	}
+	return packets, exprs - 1
 }
 
 // counted is a counter's number of packets.

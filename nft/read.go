@@ -65,6 +65,7 @@ type rule struct {
 	comment string
 	udata   bool
 	queue   *queue // where it sends packets, if it does
+	handle  uint64
 }
 
 func parseRule(o nfnl.Object) (r rule) {
@@ -75,6 +76,8 @@ func parseRule(o nfnl.Object) (r rule) {
 		case unix.NFTA_RULE_EXPRESSIONS:
 			r.text, r.packets = exprsText(b)
 			r.queue = queueOf(b)
+		case unix.NFTA_RULE_HANDLE:
+			r.handle = nfnl.U64(b)
 		case unix.NFTA_RULE_USERDATA:
 			r.udata = true
 			r.comment = nfnl.Comment(b)
@@ -374,6 +377,7 @@ type view struct {
 	out    uint64
 	text   string // the comment
 	queue  *queue // of mode hold
+	sender uint64 // the handle of the rule that sends there
 	held   netlock.Queue
 }
 
@@ -416,7 +420,7 @@ func judge(t table, chainObjs [2]*nfnl.Object, rules []rule, wants texts) view {
 		if n := len(want) - 1; c.inbound() && n < len(got) && got[n].queue != nil {
 			// Which queue it is, and by which expression, is the lock's own affair.
 			if text, err := wantText([]expr.Any{&expr.Counter{}, got[n].queue.expr()}); err == nil {
-				v.queue = got[n].queue
+				v.queue, v.sender = got[n].queue, got[n].handle
 				want = append(slices.Clone(want[:n]), text)
 			}
 		}

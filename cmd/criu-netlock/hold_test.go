@@ -399,14 +399,14 @@ func TestHoldByHandSlowUnlock(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer c.Close()
-	for _, say := range []string{"release " + guard.Version, "opened"} {
+	for _, say := range []string{"release " + guard.Version, "opened 2"} {
 		time.Sleep(700 * time.Millisecond)
 		if _, err := c.Write([]byte(say)); err != nil {
 			t.Fatal(err)
 		}
 		b := make([]byte, 64)
 		n, err := c.Read(b)
-		if want := map[string]string{"opened": "done 2 0 0"}[say]; err != nil || !strings.HasPrefix(string(b[:n]), want) {
+		if want := map[string]string{"opened 2": "done 2 0 0"}[say]; err != nil || !strings.HasPrefix(string(b[:n]), want) {
 			t.Fatalf("to %q the holder says %q, %v", say, b[:n], err)
 		}
 	}

@@ -78,7 +78,7 @@ func (h *Holder) Drop(ns *netlock.Namespace) {
 }
 
 // Release delivers what is held here, or has it delivered by who holds it.
-func (h *Holder) Release(ctx context.Context, ns *netlock.Namespace, queue uint16, v netlock.Verdict, open func() error) (netlock.Queue, error) {
+func (h *Holder) Release(ctx context.Context, ns *netlock.Namespace, queue uint16, v netlock.Verdict, open func() (sent uint64, err error)) (netlock.Queue, error) {
 	q, err := h.Holder.Release(ctx, ns, queue, v, open)
 	switch {
 	case err == nil:
@@ -182,11 +182,18 @@ func (h *Holder) answer(c *net.UnixConn, ns *netlock.Namespace, num uint16) {
 	case err != nil || text != sayRelease:
 		return
 	}
-	q, err := h.Holder.Release(ctx, ns, num, v, func() error {
+	q, err := h.Holder.Release(ctx, ns, num, v, func() (sent uint64, err error) {
 		if err := say(c, sayOpen); err != nil {
-			return err
+			return 0, err
 		}
-		return hear(c, sayOpened)
+		text, err := read(c)
+		if err != nil {
+			return 0, err
+		}
+		if n, _ := fmt.Sscanf(text, sayOpened+" %d", &sent); n != 1 {
+			return 0, errors.New(text)
+		}
+		return sent, nil
 	})
 	if err != nil {
 		_ = say(c, err.Error()) // who asked may have gone
@@ -197,7 +204,7 @@ func (h *Holder) answer(c *net.UnixConn, ns *netlock.Namespace, num uint16) {
 }
 
 // ask has a holder in another process deliver.
-func (h *Holder) ask(ctx context.Context, ns *netlock.Namespace, num uint16, v netlock.Verdict, open func() error) (q netlock.Queue, err error) {
+func (h *Holder) ask(ctx context.Context, ns *netlock.Namespace, num uint16, v netlock.Verdict, open func() (sent uint64, err error)) (q netlock.Queue, err error) {
 	fail := func(err error) (netlock.Queue, error) {
 		return q, fmt.Errorf("%w: nobody delivers what is held: %w", netlock.ErrNotHolding, err)
 	}
@@ -220,10 +227,11 @@ func (h *Holder) ask(ctx context.Context, ns *netlock.Namespace, num uint16, v n
 	if err := hear(c, sayOpen); err != nil {
 		return fail(err)
 	}
-	if err := open(); err != nil {
+	sent, err := open()
+	if err != nil {
 		return q, err
 	}
-	if err := say(c, sayOpened); err != nil {
+	if err := say(c, fmt.Sprint(sayOpened, " ", sent)); err != nil {
 		return fail(err)
 	}
 	text, err := read(c)
