@@ -301,7 +301,7 @@ func Beside(netns uint64, criu int) bool {
 
 // besideTime is how long an unlock may wait for what another checkpoint's guard says. One that
 // is slower is stopped, and wants nothing.
-const besideTime = 100 * time.Millisecond
+const besideTime = 300 * time.Millisecond
 
 // Owe leaves an unlock that a hook could not do to the guard of its checkpoint, if there is one: that
 // did not answer, and hears of it when it can.

@@ -265,7 +265,7 @@ func (h *Holder) Release(ctx context.Context, ns *netlock.Namespace, num uint16,
 	err = ns.Do(func() error {
 		if v == netlock.Repeat {
 			deliver := func(last uint32) error { return k.Repeat(last, CRIUsMark) }
-			out, err = release(ctx, k.Queue, k.delivered, deliver, func() (sent uint64, err error) {
+			out, err = k.release(ctx, deliver, func() (sent uint64, err error) {
 				err = whileEmptied(k.Queue, deliver, func() error {
 					sent, err = open()
 					return err
@@ -278,7 +278,7 @@ func (h *Holder) Release(ctx context.Context, ns *netlock.Namespace, num uint16,
 		if CRIULocked(ctx) {
 			mark = CRIUsMark
 		}
-		out, err = release(ctx, k.Queue, k.delivered, func(last uint32) error { return k.Accept(last, mark) }, open)
+		out, err = k.release(ctx, func(last uint32) error { return k.Accept(last, mark) }, open)
 		return err
 	})
 	if err != nil {
@@ -305,7 +305,7 @@ func Count(ctx context.Context, ns *netlock.Namespace, num uint16, in uint64, ho
 	}
 	gone := uint64(0)
 	if st.Counted > st.Held+st.Unread {
-		if gone, err = lost(num); err != nil {
+		if gone, err = lost(num, func() {}); err != nil {
 			return q, in
 		}
 	}
@@ -368,20 +368,24 @@ func (h *Holder) Queue(ns *netlock.Namespace) *nfnl.Queue {
 // kernel's opens a rule and empties a queue at once. (A second thread that delivers
 // without a pause makes that time shorter, and on a busy machine takes the processor from
 // the one that opens: the container waited up to 300 ms for it.)
-func release(ctx context.Context, q *nfnl.Queue, delivered uint64, deliver func(last uint32) error, open func() (uint64, error)) (out netlock.Queue, err error) {
-	out = netlock.Queue{Number: q.Number(), Bound: true}
-	gone, err := lost(q.Number())
+func (k *held) release(ctx context.Context, deliver func(last uint32) error, open func() (uint64, error)) (out netlock.Queue, err error) {
+	out = netlock.Queue{Number: k.Number(), Bound: true}
+	gone, err := lost(k.Number(), func() {
+		if k.limit != 0 {
+			_ = k.SetMaxLen(k.limit) // in its turn behind what is being put into the queue
+		}
+	})
 	if err != nil {
 		return out, err
 	}
-	out.Lost = gone - min(gone, delivered)
-	st, err := drain(ctx, q, deliver, rushes)
+	out.Lost = gone - min(gone, k.delivered)
+	st, err := drain(ctx, k.Queue, deliver, rushes)
 	sent := uint64(0)
 	if err == nil {
 		sent, err = open()
 	}
 	if err == nil {
-		st, err = rest(ctx, q, deliver, sent)
+		st, err = rest(ctx, k.Queue, deliver, sent)
 	}
 	out.Overflowed = st.Full + st.Unread
 	if in := st.Counted - st.Unread; in > out.Lost+st.Held {
@@ -450,13 +454,14 @@ func drain(ctx context.Context, q *nfnl.Queue, deliver func(last uint32) error, 
 func rest(ctx context.Context, q *nfnl.Queue, deliver func(last uint32) error, sent uint64) (st nfnl.QueueStat, err error) {
 	until := time.Now().Add(lateTime)
 	for {
+		late := time.Now().After(until)
 		if st, err = drain(ctx, q, deliver, 0); err != nil {
 			return st, err
 		}
 		if sent <= st.Counted+st.Full {
 			break
 		}
-		if time.Now().After(until) {
+		if late {
 			return st, nil
 		}
 		time.Sleep(breath)
@@ -467,19 +472,20 @@ func rest(ctx context.Context, q *nfnl.Queue, deliver func(last uint32) error, s
 
 // lateTime bounds how long the tasks wait for a packet that is on its way: the kernel may have had no
 // memory for it.
-const lateTime = 20 * time.Millisecond
+var lateTime = 20 * time.Millisecond
 
 // lost is what came into a queue and is not there, before anything is delivered. The
 // kernel does not read its numbers at one moment, and counts a packet before it has it:
 // under a flood some may not be noticed, and one that is on its way must not be taken for
-// lost, which the next look shows.
-func lost(num uint16) (gone uint64, err error) {
+// lost, which the next look shows. Whoever has bound the queue can wait until it is in there.
+func lost(num uint16, wait func()) (gone uint64, err error) {
 	before, _, err := nfnl.ReadQueue(num)
 	gone = before.Counted
 	for n := 0; err == nil && gone > 0 && n < looks; n++ {
 		if n > 1 {
 			time.Sleep(breath)
 		}
+		wait()
 		var now nfnl.QueueStat
 		now, _, err = nfnl.ReadQueue(num)
 		gone = min(gone, before.Counted-min(before.Counted, now.Held+now.Unread))
