@@ -73,7 +73,7 @@ func (l *lab) killGuard(t *testing.T, g guardCase) {
 	}
 	for i, p := range choose(points, short) {
 		p.done = i/2%2 == 1
-		tr, err := at(p, func(tr *trace) error { return l.guarded(g, tr, i%2 == 1) })
+		tr, err := atOrNext(p, points, func(tr *trace) error { return l.guarded(g, tr, i%2 == 1) })
 		c.at(t, tr, err, "%s, %v", g.name, tr.point)
 	}
 }

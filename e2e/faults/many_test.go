@@ -73,6 +73,11 @@ func TestHooksAtOnce(t *testing.T) {
 			t.Errorf("after hooks that lock: %v", err)
 		}
 		rows(n-2*(n/5), "network-lock", "network-unlock", "post-setup-namespaces", "post-resume")
+		// A lock and an unlock that waited too long for their turn can have left the half of a lock, which
+		// the next hook ends.
+		if l.backend != "nft" {
+			rows(1, "network-lock")
+		}
 		if st, _, err := l.holds(); err != nil || st.Found && !st.Intact {
 			t.Errorf("after any hooks: %+v, %v", st, err)
 		}

@@ -49,7 +49,7 @@ func TestTaskDies(t *testing.T) {
 				if noise(p.nr) {
 					continue
 				}
-				tr, err := at(p, func(tr *trace) error { return l.orphaned(h, tr) })
+				tr, err := atOrNext(p, points, func(tr *trace) error { return l.orphaned(h, tr) })
 				c.at(t, tr, err, "%s, at %s %d", h.action, callName(p.nr), tr.point.nth)
 			}
 		}
