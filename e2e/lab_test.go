@@ -203,6 +203,13 @@ func begin(t *testing.T, engine, lock string, scripts ...string) *fixture {
 	return beginWith(t, engine, lock, []string{workloadPath}, scripts...)
 }
 
+// longer gives a test that takes long two minutes from now.
+func (f *fixture) longer(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), patience*2*time.Minute)
+	t.Cleanup(cancel)
+	f.ctx = ctx
+}
+
 // beginWith is begin for a container that runs something else.
 func beginWith(t *testing.T, engine, lock string, argv []string, scripts ...string) *fixture {
 	t.Helper()

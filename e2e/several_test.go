@@ -74,6 +74,7 @@ func TestTenInARow(t *testing.T) {
 	for _, engine := range []string{"criu", "runc"} {
 		t.Run(engine, func(t *testing.T) {
 			r := newRun(t, engine, "skip")
+			r.longer(t) // each round can wait for the peer's retransmission
 			for i := range 10 {
 				leaveRunning := i%3 == 2
 				r.l.hooks.Handle(func(h testbed.Hook) error {

@@ -34,7 +34,7 @@ func (s *space) unreadable() {
 	s.t.Helper()
 	var b strings.Builder
 	b.WriteString("table inet criu-netlock {\n\tchain ingress {\n\t\ttype filter hook prerouting priority raw; policy accept;\n")
-	for range 20000 {
+	for range 50000 {
 		b.WriteString("\t\taccept\n")
 	}
 	b.WriteString("\t}\n}\n")

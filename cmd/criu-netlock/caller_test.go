@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/criu-netlock/criu-netlock/netlock"
 	"github.com/criu-netlock/criu-netlock/netlock/action"
@@ -81,7 +82,8 @@ func TestHookOfADeadCRIU(t *testing.T) {
 unshare -n sleep 600 & task=$!
 until [ "$(readlink /proc/$task/ns/net)" != "$(readlink /proc/self/ns/net)" ]; do :; done
 export CRTOOLS_SCRIPT_ACTION=network-lock CRTOOLS_INIT_PID=$task
-sh -c 'export CRTOOLS_IMAGE_DIR=/proc/$$/fd/3; (sleep 0.3; exec "$0" 2>/run/log) & exec sleep 600' "$0" & sleep 0.1; kill -KILL $!
+sh -c 'export CRTOOLS_IMAGE_DIR=/proc/$$/fd/3; (: >/run/ready; until [ -e /run/go ]; do :; done; exec "$0" 2>/run/log) & exec sleep 600' "$0" & criu=$!
+until [ -e /run/ready ]; do :; done; kill -KILL $criu; wait $criu; : >/run/go
 until [ -s /run/log ]; do :; done; cat /run/log; "$0" status --pid $task`
 		r := execute(t, nil, "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", script, program)
 		r.want(t, 0, "CRIU is gone", "): not locked")
@@ -127,8 +129,9 @@ func TestCRIUKilledBeforeItsGuard(t *testing.T) {
 	netlocktest.Need(t, "strace")
 	s := newSpace(t)
 	before := s.rules(t)
-	l := newLonely(t, s, "setup-namespaces", `strace -f -o /dev/null -e trace=socketpair -e inject=socketpair:delay_enter=400000 "$0"`)
+	l := newLonely(t, s, "setup-namespaces", `strace -f -o /dev/null -e trace=socketpair -e inject=socketpair:delay_enter=1000000 "$0"`)
 	eventually(t, "locked", func() bool { return s.isLocked(t) })
+	time.Sleep(150 * time.Millisecond) // for the hook to look at its CRIU for the last time
 	l.kill()
 	if log := l.said(t); !strings.Contains(log, "result=locked") || !strings.Contains(log, "exit 0\n") {
 		t.Error(log)

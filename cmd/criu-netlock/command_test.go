@@ -169,7 +169,7 @@ func TestLockInterrupted(t *testing.T) {
 		var out, stderr bytes.Buffer
 		pidFile := filepath.Join(t.TempDir(), "pid")
 		// Slow enough that there is a middle: every message to the kernel takes a while.
-		cmd := command(ctx, nil, append([]string{"strace", "-f", "-o", "/dev/null", "-e", "trace=sendto", "-e", "inject=sendto:delay_enter=60000",
+		cmd := command(ctx, nil, append([]string{"strace", "-f", "-o", "/dev/null", "-e", "trace=sendto", "-e", "inject=sendto:delay_enter=150000",
 			"sh", "-c", `echo $$ >"$0"; exec "$@"`, pidFile, program}, args...)...)
 		cmd.Stdout, cmd.Stderr = &out, &stderr
 		if err := cmd.Start(); err != nil {

@@ -146,7 +146,7 @@ mkdir /run/root-debian12; mount --bind / /run/root-debian12
 // boot is one run of the virtual machine, which takes 2 to 4 minutes, or 12 with -older.all. It tells
 // whether that was too long.
 func boot(ctx context.Context, root *testbed.Root, folder string, said *logger) (late bool, err error) {
-	limit := 8 * time.Minute
+	limit := 12 * time.Minute
 	if *all {
 		limit = 40 * time.Minute
 	}

@@ -61,11 +61,21 @@ func (n *Net) Probe(ctx context.Context, container *netlock.Namespace, port int,
 		{"6", ContainerV6, PeerV6, "ip6:ipv6-icmp"},
 	} {
 		run("tcp"+fam.n, func() error {
-			c, err := n.Dial(ctx, "tcp"+fam.n, net.JoinHostPort(fam.addr, fmt.Sprint(port)))
-			if err == nil {
-				c.Close()
+			for {
+				c, err := n.Dial(ctx, "tcp"+fam.n, net.JoinHostPort(fam.addr, fmt.Sprint(port)))
+				if err == nil {
+					c.Close()
+				}
+				if !errors.Is(err, syscall.EHOSTUNREACH) {
+					return err
+				}
+				// A neighbour that could not be found while the link was down is looked for again.
+				select {
+				case <-ctx.Done():
+					return ctx.Err()
+				case <-time.After(10 * time.Millisecond):
+				}
 			}
-			return err
 		})
 		run("udp"+fam.n, func() error {
 			c, err := n.Dial(ctx, "udp"+fam.n, net.JoinHostPort(fam.addr, closedPort))

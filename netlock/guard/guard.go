@@ -267,7 +267,7 @@ func (g *Guard) Serve() error {
 }
 
 // lingerTime is how long the tasks of a dump have the processors to themselves.
-const lingerTime = 30 * time.Millisecond
+var lingerTime = 30 * time.Millisecond
 
 // linger puts off the end of this process, and with it of all that it has in the kernel, which takes
 // a processor's time when the tasks have just gone on and have to catch up. Its place is free meanwhile.

