@@ -65,7 +65,7 @@ func (l *lab) killGuard(t *testing.T, g guardCase) {
 	}
 	if strings.HasPrefix(l.backend, "iptables") { // each takes a quarter of a second
 		i := 0
-		points = slices.DeleteFunc(points, func(point) bool { i++; return i%3 != 0 })
+		points = slices.DeleteFunc(points, func(point) bool { i++; return i%6 != 0 })
 	}
 	short := 8
 	if l.keeps() && l.backend != "nft"+keeps {
