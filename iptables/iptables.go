@@ -687,6 +687,7 @@ func (s *session) undo(cause error) error {
 // sweep removes what it is to remove, again until no commit met other rules than it
 // was made for. It returns what the first look saw, and first delivers what is held if it is to.
 func (s *session) sweep(which func(place) bool, deliver bool) (st netlock.State, err error) {
+	start := time.Now()
 	for try := 1; ; try++ {
 		ps, err := s.look()
 		if try == 1 {
@@ -701,7 +702,7 @@ func (s *session) sweep(which func(place) bool, deliver bool) (st netlock.State,
 			}
 		}
 		err = s.join("unlock", err, s.remove(mine))
-		if !again(err, try) {
+		if !again(err, try) && (!errors.Is(err, errChanged) || time.Since(start) > sweepTime) {
 			return st, err
 		}
 		if e := s.ended("unlock"); e != nil {
@@ -709,6 +710,10 @@ func (s *session) sweep(which func(place) bool, deliver bool) (st netlock.State,
 		}
 	}
 }
+
+// sweepTime is how long at least an unlock begins anew while others change the rules: given up, it
+// leaves the container locked.
+const sweepTime = time.Second
 
 // remove takes everything of ours out of the places: of legacy by one process for each
 // family, of nf_tables by one batch.
