@@ -1,12 +1,18 @@
 package e2e
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"net"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/criu-netlock/criu-netlock/e2e/testbed"
 	"github.com/criu-netlock/criu-netlock/e2e/traffic"
@@ -191,7 +197,44 @@ func (r *run) restore(failAt string) []string {
 	if failAt == "pre-restore" || failAt == "setup-namespaces" {
 		r.diesAt = "" // it has no link yet
 	}
+	if r.renewed && failAt != "" {
+		defer r.knock(failAt)()
+	}
 	return r.do("restore", failAt, func() error { return r.e.Restore(r.ctx) })
+}
+
+// knock tries to connect all the time, from a hook on until what it returns is called, which asserts
+// that nobody has answered with a reset. What the streams send again comes too rarely to see that.
+func (r *run) knock(from string) (stop func()) {
+	ctx, cancel := context.WithCancel(r.ctx)
+	begin, answers := make(chan struct{}), make(chan error, 1)
+	r.at[from] = func() error { close(begin); return nil }
+	go func() {
+		var err error
+		select {
+		case <-begin:
+		case <-ctx.Done():
+		}
+		for ctx.Err() == nil {
+			tctx, done := context.WithTimeout(ctx, 20*time.Millisecond)
+			c, e := r.net.Dial(tctx, "tcp4", net.JoinHostPort(testbed.ContainerV4, strconv.Itoa(traffic.StreamPort)))
+			done()
+			if e == nil {
+				c.Close()
+			}
+			if e == nil || errors.Is(e, unix.ECONNREFUSED) || errors.Is(e, unix.ECONNRESET) {
+				err = fmt.Errorf("from %s on a connect was answered: %v", from, e)
+			}
+		}
+		answers <- err
+	}()
+	return func() {
+		cancel()
+		delete(r.at, from)
+		if err := <-answers; err != nil {
+			r.t.Error(err)
+		}
+	}
 }
 
 // silence makes the peer send no IP packet until our lock is in force. An engine that

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"maps"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
@@ -147,10 +148,28 @@ func (e engine) test(t *testing.T, flags ...string) {
 		}
 		t.Run(c.name, func(t *testing.T) {
 			r := e.run(t, l, n)
+			if e.renewed {
+				r.keeps()
+			}
 			c.run(r)
 			r.finish()
 		})
 	}
+}
+
+// keeps leaves the lock of a restore that fails on its namespace, which nobody is going to use again:
+// until the engine has taken it away its kernel would reset the peer's connections.
+func (r *run) keeps() {
+	r.t.Helper()
+	cfg := filepath.Join(r.l.Work, "criu/netlock.toml")
+	if err := os.WriteFile(cfg, []byte("on-failed-restore = \"keep\"\n"), 0o644); err != nil {
+		r.t.Fatal(err)
+	}
+	r.t.Cleanup(func() {
+		if err := os.Remove(cfg); err != nil {
+			r.t.Error(err)
+		}
+	})
 }
 
 // run is a container with live connections.
