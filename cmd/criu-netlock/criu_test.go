@@ -230,7 +230,11 @@ func swrk(t *testing.T, env []string, files []*os.File, argv ...string) (cmd *ex
 // ends checks that nothing more comes.
 func ends(t *testing.T, what string, fd int) {
 	t.Helper()
-	if n, err := unix.Read(fd, make([]byte, 100)); n != 0 || err != nil {
+	n, err := unix.Read(fd, make([]byte, 100))
+	for err == unix.EINTR { // with a time limit the kernel never restarts it
+		n, err = unix.Read(fd, make([]byte, 100))
+	}
+	if n != 0 || err != nil {
 		t.Errorf("%s has not ended: %d bytes, %v", what, n, err)
 	}
 }
