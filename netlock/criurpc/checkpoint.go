@@ -372,39 +372,51 @@ func (c *Checkpoint) End(err error) error {
 		if c.over {
 			return struct{}{}, nil
 		}
-		c.over = true
-		word := guard.Done
-		defer func() { c.drop(word) }()
-		switch {
-		case !c.open:
-		case c.toUnlock(ctx, err):
-			c.op = action.Unlock
-			if c.failed = c.inTurn(c.ns, func() error { return c.unlock(ctx) }); c.failed != nil && netlock.KindOf(c.failed) != netlock.KindTampered {
-				word = guard.Unpaid
-			}
-		default:
-			c.failed = c.giveUp(ctx)
-		}
-		return struct{}{}, errors.Join(c.failed, c.tampered)
+		return struct{}{}, c.end(ctx, err)
 	})
 	if netlock.KindOf(e) == netlock.KindDeadline {
-		go c.abandon()
+		go c.abandon(err)
 	}
 	return errors.Join(err, e)
 }
 
-// abandon leaves what End had no time for to the guard, when whoever still works has come back.
-func (c *Checkpoint) abandon() {
+func (c *Checkpoint) end(ctx context.Context, err error) error {
+	c.over = true
+	word := guard.Done
+	defer func() { c.drop(word) }()
+	switch {
+	case !c.open:
+	case c.toUnlock(ctx, err):
+		c.op = action.Unlock
+		if c.failed = c.inTurn(c.ns, func() error { return c.unlock(ctx) }); c.failed != nil && netlock.KindOf(c.failed) != netlock.KindTampered {
+			word = guard.Unpaid
+		}
+	default:
+		c.failed = c.giveUp(ctx)
+	}
+	return errors.Join(c.failed, c.tampered)
+}
+
+// abandon leaves what End had no time for to the guard, when whoever still works has come back, and
+// does it where there is none.
+func (c *Checkpoint) abandon(err error) {
 	c.turn <- struct{}{}
 	defer c.done()
-	if !c.over {
+	switch {
+	case c.over:
+		return
+	case c.link == nil:
+		ctx, cancel := context.WithTimeout(context.Background(), c.o.timeout())
+		defer cancel()
+		_ = c.end(ctx, err) // End has returned; the log has it
+	default:
 		c.over = true
 		c.link.Unlocks()
 		c.drop(guard.Unpaid)
-		if c.work != nil {
-			close(c.work)
-			c.work = nil
-		}
+	}
+	if c.work != nil {
+		close(c.work)
+		c.work = nil
 	}
 }
 

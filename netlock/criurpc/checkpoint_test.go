@@ -323,6 +323,27 @@ func TestGivesUp(t *testing.T) {
 	}
 }
 
+// The same where nobody asks again: what End had no time for is done all the same.
+func TestGivesUpForGood(t *testing.T) {
+	s, f := newSleeper(t), newFake()
+	f.block = make(chan struct{})
+	o := f.options()
+	o.Timeout = 200 * time.Millisecond
+	c := NewDump(s.pid(), false, o)
+	for _, f := range []func() error{
+		func() error { _, err := c.Handle(bg, action.NetworkLock, 0); return err },
+		func() error { return c.End(errBroken) },
+	} {
+		if err := f(); netlock.KindOf(err) != netlock.KindDeadline {
+			t.Fatal(err)
+		}
+	}
+	close(f.block)
+	if err := netlocktest.Until(func() (bool, error) { return slices.Contains(f.seen(), "unlock") && !f.is(s.ino), nil }); err != nil {
+		t.Errorf("locked: %v, %v", f.is(s.ino), err)
+	}
+}
+
 // An unlock that fails is tried again at the end, and said if it fails there too.
 func TestUnlockFails(t *testing.T) {
 	for _, stays := range []bool{false, true} {
