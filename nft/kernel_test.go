@@ -28,6 +28,8 @@ var update = flag.Bool("update", false, "rewrite testdata")
 const (
 	helperOp  = "NFT_TEST_OP"
 	helperPID = "NFT_TEST_PID"
+	// helperTime is how long it may take, a second without it.
+	helperTime = "NFT_TEST_TIME"
 )
 
 // TestMain makes the test binary do one operation as a process of its own, for the
@@ -46,8 +48,12 @@ func helper(op string) int {
 		return 99
 	}
 	ns, err := netlock.FromPID(pid)
+	limit := time.Second
+	if text := os.Getenv(helperTime); text != "" && err == nil {
+		limit, err = time.ParseDuration(text)
+	}
 	if err == nil {
-		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), limit)
 		defer cancel()
 		b := nft.New(nft.WithRelease(nfnl.Park))
 		if op == "lock" {

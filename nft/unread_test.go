@@ -85,7 +85,7 @@ func TestUnlockUnread(t *testing.T) {
 		s = newSpace(t)
 		s.unreadable()
 		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(t.Context(), 2*time.Second)
+		ctx, cancel = context.WithTimeout(t.Context(), 4*time.Second) // reading may take three of them
 		defer cancel()
 		if st, err = netlock.New(b).Unlock(ctx, s.ns); netlock.KindOf(err) != netlock.KindTampered {
 			break
@@ -110,7 +110,7 @@ func TestLockUnread(t *testing.T) {
 	s, b := newSpace(t), nft.New()
 	defer b.Wait()
 	s.unreadable()
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Second) // reading may take three of them
 	defer cancel()
 	res, err := b.Lock(ctx, s.ns, options)
 	if err != nil || res.Already {
@@ -169,7 +169,8 @@ func TestLockLate(t *testing.T) {
 	s, b := newSpace(t), nft.New()
 	defer b.Wait()
 	const look, batch = "sendto(", "2"
-	code, hit, stderr := s.inject("lock", fault{"sendto", "delay_enter=500000"}, batch, func(trace string) {
+	t.Setenv(helperTime, "15s")
+	code, hit, stderr := s.inject("lock", fault{"sendto", "delay_enter=2000000"}, batch, func(trace string) {
 		if err := netlocktest.Until(func() (bool, error) {
 			log, err := os.ReadFile(trace)
 			if errors.Is(err, os.ErrNotExist) {
@@ -225,7 +226,7 @@ func TestLastingFaults(t *testing.T) {
 				s, b := newSpace(t), nft.New()
 				defer b.Wait()
 				k := 1
-				for ; ; k++ {
+				for again := 0; ; k++ {
 					if op == "unlock" {
 						s.lock(b, options)
 					}
@@ -234,7 +235,11 @@ func TestLastingFaults(t *testing.T) {
 						break
 					}
 					at := fmt.Sprintf("from recvmsg %d on: exit %d, %s", k, code, strings.TrimSpace(stderr))
-					if st := s.state(b, options); st.Found {
+					switch st := s.state(b, options); {
+					case st.Found && code == int(netlock.KindDeadline) && again < 3:
+						again++ // reading leaves a quarter of a second, which a busy machine may take away
+						k--
+					case st.Found:
 						t.Errorf("%s: a lock is left", at)
 					}
 					if code == 0 || code == int(netlock.KindTampered) {

@@ -447,10 +447,14 @@ func TestStream(t *testing.T) {
 			}
 		}()
 		const rounds, most = 20, 40 // without the first delivery some 65, with iptables
+		longest := time.Duration(0)
 		for range rounds {
 			l.lock()
 			l.waitHeld(l.state().Queue.Held + 10)
-			if st := l.unlock(); st.NotDelivered != nil || st.Queue.Delivered < 10 {
+			start := time.Now()
+			st := l.unlock()
+			longest = max(longest, time.Since(start))
+			if st.NotDelivered != nil || st.Queue.Delivered < 10 {
 				t.Fatalf("%+v", st)
 			}
 		}
@@ -459,8 +463,9 @@ func TestStream(t *testing.T) {
 		f.end()
 		came := uint64(0)
 		late, err := f.read(func() { came++ })
-		if err != nil || came != f.next || late > most {
-			t.Errorf("%d sent, %d came, %d out of turn: %v", f.next, came, late, err)
+		// All that comes while an unlock has its processor taken away between its halves is late.
+		if err != nil || came != f.next || late > most+uint64(longest.Milliseconds()) {
+			t.Errorf("%d sent, %d came, %d out of turn, the longest unlock took %v: %v", f.next, came, late, longest, err)
 		}
 		t.Logf("%d sent, %d out of turn", f.next, late)
 	})
@@ -565,12 +570,12 @@ func TestBounds(t *testing.T) {
 		l := newLab(t, "nft", &hold.Holder{Bytes: bound})
 		f := l.flow("udp4", netlocktest.InsideV4, 4<<20)
 		l.lock()
-		for range packets / 200 {
-			f.send(200)                       // 36 bytes each
-			time.Sleep(10 * time.Millisecond) // for the holder to read of them
-		}
-		if st := l.unlock(); st.Queue.Delivered < packets*9/10 { // as many of 1,500 bytes are 699
-			t.Errorf("unlocked: %+v", st)
+		err := netlocktest.Until(func() (bool, error) { // as many of 1,500 bytes are 699
+			f.send(200) // 36 bytes each
+			return l.state().Queue.Held >= packets, nil
+		})
+		if st := l.unlock(); err != nil || st.Queue.Delivered < packets {
+			t.Errorf("unlocked: %+v, %v", st, err)
 		}
 	})
 }
@@ -712,7 +717,13 @@ func TestNamedQueue(t *testing.T) {
 					t.Errorf("unlocked: %+v", st)
 				}
 				// Who has looked before knows, and does not look again but for the next lock.
-				if err := l.h.Look(t.Context(), l.Inside.Netns()); err != nil {
+				err := l.h.Look(t.Context(), l.Inside.Netns())
+				for range 2 { // it does not look for long either
+					if errors.Is(err, context.DeadlineExceeded) {
+						err = l.h.Look(t.Context(), l.Inside.Netns())
+					}
+				}
+				if err != nil {
 					t.Fatal(err)
 				}
 				l.Inside.Run("", args[0], slices.Replace(slices.Clone(args[1:]), slices.Index(args, "-A")-1, slices.Index(args, "-A"), "-D")...)
@@ -826,6 +837,8 @@ func TestTCP(t *testing.T) {
 			})
 			return c, err
 		}
+		// Getting ready to unlock may take longer than the least time-out of a retransmission.
+		l.Peer.Run("", "ip", "route", "replace", "10.77.0.0/24", "dev", "inside", "rto_min", "5s")
 		old, err := dial()
 		if err != nil {
 			t.Fatal(err)

@@ -4,6 +4,7 @@ package netlocktest
 
 import (
 	"os"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -68,6 +69,15 @@ func TestSuiteCatches(t *testing.T) {
 			}
 			tr.Inside.Run(rules+marks, "nft", "-f", "-")
 			faults := tr.Faults(true)
+			unnoticed := func(name string) bool {
+				return !slices.ContainsFunc(faults, func(f string) bool { return strings.HasPrefix(f, name+":") })
+			}
+			leaks := strings.Fields(c.leaks)
+			for range 2 { // what leaks late on a busy machine reads as blocked
+				if slices.ContainsFunc(leaks, unnoticed) {
+					faults = append(faults, tr.Faults(true)...)
+				}
+			}
 			tr.Inside.Run("flush ruleset", "nft", "-f", "-")
 			if c.name != "reject" {
 				tr.Expect(t, false)
@@ -75,12 +85,8 @@ func TestSuiteCatches(t *testing.T) {
 			if c.leaks == "" && len(faults) > 0 {
 				t.Errorf("noticed in a lock that is whole: %v", faults)
 			}
-			for _, name := range strings.Fields(c.leaks) {
-				noticed := false
-				for _, f := range faults {
-					noticed = noticed || strings.HasPrefix(f, name+":")
-				}
-				if !noticed {
+			for _, name := range leaks {
+				if unnoticed(name) {
 					t.Errorf("%s leaks and was not noticed, only %q", name, faults)
 				}
 			}

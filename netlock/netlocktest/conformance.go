@@ -361,7 +361,7 @@ func (c Config) allow(t *testing.T) {
 		"seg4-in": true, "seg6-in": true, "seg4-out": true, "seg6-out": true, "mark-seg4-out": true, "mark-seg6-out": true}
 	s.lock()
 	s.one()
-	faults := tr.compare(blockedWait, func(name string) string { return want(name, !passes[name]) })
+	faults := tr.compare(besideWait, func(name string) string { return want(name, !passes[name]) })
 	if faults != nil {
 		t.Errorf("with an allow list:\n%s", strings.Join(faults, "\n"))
 	}

@@ -39,9 +39,9 @@ func TestFloodCatches(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			defer p.Inside.Run("flush ruleset", "nft", "-f", "-")
-			c.f.cycles, c.f.wait = 3, 300*time.Millisecond
-			if c.want == "" {
-				c.f.wait = untilTime
+			c.f.cycles, c.f.wait = 3, untilTime
+			if c.want == "has not come" {
+				c.f.wait = 300 * time.Millisecond
 			}
 			got, err := c.f.run(t, p)
 			if err == nil {
