@@ -129,9 +129,9 @@ func TestCRIUKilledBeforeItsGuard(t *testing.T) {
 	netlocktest.Need(t, "strace")
 	s := newSpace(t)
 	before := s.rules(t)
-	l := newLonely(t, s, "setup-namespaces", `strace -f -o /dev/null -e trace=socketpair -e inject=socketpair:delay_enter=1000000 "$0"`)
+	l := newLonely(t, s, "setup-namespaces", `strace -f -o /dev/null -e trace=socketpair -e inject=socketpair:delay_enter=2000000 "$0"`)
 	eventually(t, "locked", func() bool { return s.isLocked(t) })
-	time.Sleep(150 * time.Millisecond) // for the hook to look at its CRIU for the last time
+	time.Sleep(time.Second) // for the hook to look at its CRIU for the last time
 	l.kill()
 	if log := l.said(t); !strings.Contains(log, "result=locked") || !strings.Contains(log, "exit 0\n") {
 		t.Error(log)

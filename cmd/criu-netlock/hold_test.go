@@ -122,7 +122,7 @@ func TestHoldInARestore(t *testing.T) {
 			t.Errorf("setup-namespaces: %s", log)
 		}
 		l.send("a", "b")
-		c.guard(t)
+		c.placed(t, l.pid)
 		l.send("c")
 		c.ok(t, l.pid, "post-setup-namespaces", "post-restore")
 		l.expect()
@@ -164,10 +164,7 @@ func TestHoldGuardKilled(t *testing.T) {
 	l.send("a", "b")
 	g := c.guard(t)
 	removeSockets(t, netnsOf(t, l.pid)) // a killed guard leaves it
-	if err := unix.Kill(g, unix.SIGKILL); err != nil {
-		t.Fatal(err)
-	}
-	eventually(t, "without a guard", func() bool { return len(guards(t, c.Process.Pid)) == 0 })
+	kill(t, g)
 	l.send("c")
 	l.expect()
 	run(t, "status", "--pid", l.pid, "--json").want(t, 0, `"locked": true`, `"mode": "hold"`, `"bound": false`)
@@ -374,11 +371,8 @@ func holdWarnings(t *testing.T, backend string) {
 		do("lock", "--pid", l.pid, "--mode", "hold").want(t, 0, "holding")
 		l.send("a")
 		for _, pid := range holdersIn(t, ino) {
-			if err := unix.Kill(pid, unix.SIGKILL); err != nil {
-				t.Fatal(err)
-			}
+			kill(t, pid)
 		}
-		eventually(t, "without a holder", func() bool { return len(holdersIn(t, ino)) == 0 })
 		says := "; warning: what was held was dropped: "
 		if args != nil {
 			says = `"not_delivered": "`
@@ -400,7 +394,7 @@ func TestHoldByHandSlowUnlock(t *testing.T) {
 	}
 	defer c.Close()
 	for _, say := range []string{"release " + guard.Version, "opened 2"} {
-		time.Sleep(700 * time.Millisecond)
+		time.Sleep(400 * time.Millisecond)
 		if _, err := c.Write([]byte(say)); err != nil {
 			t.Fatal(err)
 		}
