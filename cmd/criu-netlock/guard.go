@@ -104,7 +104,7 @@ func tellGuard(ev action.Event, rep action.Report, fresh bool, by *criu, err err
 	}
 	switch {
 	case !unlocks:
-		guard.Locked(netns, by.pid, ev.PID, fresh)
+		guard.Locked(netns, by.pid, ev.PID, string(ev.Action), fresh)
 	case err != nil && netlock.KindOf(err) != netlock.KindTampered, rep.Result == action.Left:
 		guard.Owe(netns, by.pid, ev.PID)
 	default:

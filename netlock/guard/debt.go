@@ -307,9 +307,10 @@ const besideTime = 300 * time.Millisecond
 // did not answer, and hears of it when it can.
 func Owe(netns uint64, criu, task int) { leave(netns, criu, request(askOwe, task)) }
 
-// Locked tells it that the hook has locked, and whether there was no lock before.
-func Locked(netns uint64, criu, task int, fresh bool) {
+// Locked tells it that a hook has locked, and whether there was no lock before.
+func Locked(netns uint64, criu, task int, action string, fresh bool) {
 	r := request(askLocked, task)
+	r.Config = action
 	if fresh {
 		r.ImageDir = madeAnew
 	}

@@ -129,8 +129,10 @@ type Guard struct {
 	// boardless: the client is gone, and what it has left on its board says nothing.
 	boardless atomic.Bool
 	gone      time.Time // when CRIU, or its client, was gone
-	// working: what once waited for was a CRIU that is not known.
+	// working: what once waited for was a CRIU that is not known, or the task.
 	working bool
+	// looked: once has looked at the task.
+	looked bool
 	// restored: post-restore has succeeded, after which CRIU lets the tasks go.
 	restored atomic.Bool
 }
@@ -161,7 +163,8 @@ type facts struct {
 	abandoned bool
 	// letGo: CRIU had restored the task and let it go, without network-unlock.
 	letGo bool
-	// working: CRIU is not known, and may be at work on the task.
+	// working: CRIU is not known, and may be at work on the task; or it is gone, and the task has not
+	// gone on to where it was stopped before.
 	working bool
 	// owed: CRIU has called for an unlock, which failed.
 	owed bool
@@ -343,6 +346,7 @@ func (g *Guard) hook(r Request) Answer {
 	case askLocked:
 		if r.PID == strconv.Itoa(g.Task) {
 			g.debt.locks(r.ImageDir == madeAnew, r.Sent)
+			g.worked(r.Config)
 		}
 		return Answer{}
 	case askUnlocked:
@@ -370,11 +374,18 @@ func (g *Guard) hook(r Request) Answer {
 		return a
 	}
 	g.after(r, a)
-	if r.Action == "post-restore" && a.Code == 0 {
-		g.restored.Store(true)
+	if a.Code == 0 {
+		g.worked(r.Action)
 	}
 	a.over = a.Code == 0 && g.ends(r.Action)
 	return a
+}
+
+// worked notes what a hook has been good for.
+func (g *Guard) worked(action string) {
+	if action == "post-restore" {
+		g.restored.Store(true)
+	}
 }
 
 // share notes, and tells the client, that there is another checkpoint in the namespace.
@@ -475,8 +486,9 @@ func (g *Guard) once() (verdict, error) {
 	f.alive, g.working = !waitPidfd(g.TaskFD, int(dyingTime.Milliseconds())), false
 	if f.alive {
 		f.stopped, f.frozen = Stopped(g.Task), Frozen(g.Task)
-		f.working = g.CRIU == 0 && (g.Phase == Dump && traced(g.Task) || g.Phase == Restore && time.Since(g.gone) < restoreTime)
-		g.working = f.working
+		f.working = g.CRIU == 0 && (g.Phase == Dump && traced(g.Task) || g.Phase == Restore && time.Since(g.gone) < restoreTime) ||
+			g.WasFrozen && !f.stopped && !f.frozen && !g.looked
+		g.working, g.looked = f.working, true
 		f.letGo = f.found && g.Phase == Restore && g.restored.Load() && !f.working && letGo(g.Task, g.TaskFD)
 	}
 	v := decide(f)

@@ -643,6 +643,37 @@ func TestOrphan(t *testing.T) {
 	l.ends(t)
 }
 
+// A task that was stopped before its dump has to run for a moment to be stopped again when CRIU, which
+// traces it, is killed.
+func TestOnItsWayToItsStop(t *testing.T) {
+	for _, stops := range []bool{false, true} {
+		t.Run(fmt.Sprint(stops), func(t *testing.T) {
+			l := newLab(t, Dump, tempDir(t), namespace(t))
+			l.WasFrozen = true
+			place, err := listen(l.dir(), nameOf(l.NS.Inode(), l.id()))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer place.close()
+			l.place = place
+			if v, err := l.once(); v != wait || err != nil || !l.working {
+				t.Errorf("at first: %v, %v", v, err)
+			}
+			want := release
+			if stops {
+				if err := unix.Kill(l.task, unix.SIGSTOP); err != nil {
+					t.Fatal(err)
+				}
+				eventually(t, "stopped", func() bool { return Stopped(l.task) })
+				want = wait
+			}
+			if v, err := l.once(); v != want || err != nil || l.working {
+				t.Errorf("then: %v, %v", v, err)
+			}
+		})
+	}
+}
+
 // What a hook has done itself it tells, and the last word counts, in whichever order they come.
 func TestLastWordCounts(t *testing.T) {
 	l := newLab(t, Restore, tempDir(t), namespace(t))
@@ -668,6 +699,12 @@ func TestLastWordCounts(t *testing.T) {
 	}
 	if w := say(askLocked, "", now+3); w != Locks {
 		t.Errorf("locked again: %v", w)
+	}
+	for _, action := range []string{"post-setup-namespaces", "post-restore"} {
+		l.hook(Request{Action: askLocked, PID: strconv.Itoa(l.task), Config: action, Sent: now + 4})
+		if got := l.restored.Load(); got != (action == "post-restore") {
+			t.Errorf("%s, and restored is %v", action, got)
+		}
 	}
 	kill(t, l.criu)
 	l.ends(t)
