@@ -165,8 +165,15 @@ func (l *lab) rest() (err error) {
 	if l.netns, err = filepath.Glob(l.Path("/run/netns/*")); err != nil {
 		return err
 	}
-	l.processes, err = l.Processes()
-	return err
+	ctx, cancel := context.WithTimeout(context.Background(), patience*10*time.Second)
+	defer cancel()
+	return testbed.Poll(ctx, func() error { // until the last that comes and goes has gone
+		before := l.processes
+		if l.processes, err = l.Processes(); err == nil && !slices.Equal(before, l.processes) {
+			err = fmt.Errorf("the processes change: %q, %q", before, l.processes)
+		}
+		return err
+	})
 }
 
 func copyFile(from, to string) error {
@@ -307,16 +314,16 @@ func (f *fixture) nothingLeft() {
 		if err == nil && !slices.Equal(ps, f.l.processes) {
 			err = fmt.Errorf("processes left: %q", ps)
 		}
+		if ms, e := f.l.Mounts(); e != nil || !slices.Equal(ms, f.l.mounts) {
+			err = errors.Join(err, fmt.Errorf("mounts left: %q, before %q, %v", ms, f.l.mounts, e))
+		}
+		if names, e := filepath.Glob(f.l.Path("/run/netns/*")); e != nil || !slices.Equal(names, f.l.netns) {
+			err = errors.Join(err, fmt.Errorf("namespaces left: %v, %v", names, e))
+		}
 		return err
 	})
 	if err != nil {
 		f.t.Error(err)
-	}
-	if ms, err := f.l.Mounts(); err != nil || !slices.Equal(ms, f.l.mounts) {
-		f.t.Errorf("mounts left: %q, before %q, %v", ms, f.l.mounts, err)
-	}
-	if names, err := filepath.Glob(f.l.Path("/run/netns/*")); err != nil || !slices.Equal(names, f.l.netns) {
-		f.t.Errorf("namespaces left: %v, %v", names, err)
 	}
 }
 

@@ -124,7 +124,8 @@ type one struct {
 	end   func() error
 }
 
-// echo sends a byte every few milliseconds and wants it back.
+// echo sends a byte every few milliseconds and wants it back. The first is back when it returns: CRIU
+// does not dump a connection that nobody has accepted.
 func (m *one) echo(c net.Conn) {
 	stop, ended := make(chan struct{}), make(chan struct{})
 	var echoed atomic.Int32
@@ -151,6 +152,14 @@ func (m *one) echo(c net.Conn) {
 			echoed.Add(1)
 		}
 	}()
+	if err := testbed.Poll(m.ctx, func() error {
+		if echoed.Load() == 0 {
+			return errors.New("nothing comes back")
+		}
+		return nil
+	}); err != nil {
+		m.t.Fatal(err)
+	}
 	m.end = func() error {
 		deadline, _ := m.ctx.Deadline()
 		_ = c.SetDeadline(deadline)

@@ -79,6 +79,12 @@ func (h *Hooks) serve(c *net.UnixConn) {
 			answer = strings.ReplaceAll(err.Error(), "\n", " ")
 		}
 	}
+	// In CRIU's place our line comes when CRIU has gone on.
+	if log := h.s.criuLog(hook.Dir); log != "" {
+		h.mu.Lock()
+		h.log = log
+		h.mu.Unlock()
+	}
 	c.Write([]byte(answer + "\n"))
 }
 

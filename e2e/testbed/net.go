@@ -142,6 +142,15 @@ func (n *Net) Unplug(ctx context.Context) error {
 	return n.s.batch(ctx, n.host, "link set "+Port+" down")
 }
 
+// Forwards tells whether the bridge's port is at work.
+func (n *Net) Forwards(ctx context.Context) error {
+	out, err := n.s.RunIn(ctx, n.host, "ip", "-d", "link", "show", "dev", Port)
+	if err == nil && !strings.Contains(out, "state forwarding") {
+		err = fmt.Errorf("the bridge's port does not forward:\n%s", out)
+	}
+	return err
+}
+
 // Detached waits until the bridge's port is gone: a network namespace dies some
 // time after its last process.
 func (n *Net) Detached(ctx context.Context) error {
