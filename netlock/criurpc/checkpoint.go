@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"strconv"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -203,6 +204,9 @@ func (c *Checkpoint) prepare(op action.Op, ev *action.Event, pid int) error {
 	}
 	ev.PID = c.pid
 	c.hold()
+	if c.ns != nil && op != action.Unlock && op != action.Sweep {
+		newest.Store(c.ns.Inode(), c)
+	}
 	if c.handler == nil {
 		ev.Caller = c.caller()
 	}
@@ -390,6 +394,9 @@ func (c *Checkpoint) end(ctx context.Context, err error) error {
 		c.op = action.Unlock
 		if c.failed = c.inTurn(c.ns, func() error { return c.unlock(ctx) }); c.failed != nil && netlock.KindOf(c.failed) != netlock.KindTampered {
 			word = guard.Unpaid
+			if ctx.Err() != nil {
+				c.unlockLate()
+			}
 		}
 	default:
 		c.failed = c.giveUp(ctx)
@@ -402,23 +409,43 @@ func (c *Checkpoint) end(ctx context.Context, err error) error {
 func (c *Checkpoint) abandon(err error) {
 	c.turn <- struct{}{}
 	defer c.done()
-	switch {
-	case c.over:
+	if c.over {
 		return
-	case c.link == nil:
-		ctx, cancel := context.WithTimeout(context.Background(), c.o.timeout())
-		defer cancel()
-		_ = c.end(ctx, err) // End has returned; the log has it
-	default:
-		c.over = true
-		c.link.Unlocks()
-		c.drop(guard.Unpaid)
 	}
+	c.over = true
+	word := guard.Done
+	ctx, cancel := c.late()
+	defer cancel()
+	if c.open && c.toUnlock(ctx, err) {
+		word = guard.Unpaid
+		c.link.Unlocks()
+		c.unlockLate()
+	}
+	c.drop(word)
 	if c.work != nil {
 		close(c.work)
 		c.work = nil
 	}
 }
+
+// unlockLate unlocks when End has returned, or is about to, where no guard does. A checkpoint that has begun since
+// is not to suffer by it.
+func (c *Checkpoint) unlockLate() {
+	if last, ok := newest.Load(c.ns.Inode()); c.link != nil || ok && last != c {
+		return
+	}
+	ctx, cancel := c.late()
+	defer cancel()
+	c.failed = c.unlock(ctx) // the log has it
+}
+
+// late is the time for what End had none for.
+func (c *Checkpoint) late() (context.Context, context.CancelFunc) {
+	return context.WithTimeout(context.Background(), c.o.timeout())
+}
+
+// newest has of each namespace, by inode, which of this process's checkpoints has begun to lock it last.
+var newest sync.Map
 
 // unlock is the last one, of what CRIU has not unlocked.
 func (c *Checkpoint) unlock(ctx context.Context) error {
@@ -486,6 +513,7 @@ func (c *Checkpoint) drop(word guard.Word) {
 
 func (c *Checkpoint) letGo() {
 	if c.ns != nil {
+		newest.CompareAndDelete(c.ns.Inode(), c)
 		c.ns.Close()
 	}
 	if c.task >= 0 {

@@ -344,6 +344,39 @@ func TestGivesUpForGood(t *testing.T) {
 	}
 }
 
+// Nor does that meet a checkpoint that has begun since.
+func TestGivesUpBehindAnother(t *testing.T) {
+	s, f := newSleeper(t), newFake()
+	f.block = make(chan struct{})
+	o := f.options()
+	o.Timeout = 200 * time.Millisecond
+	c := NewDump(s.pid(), true, o)
+	for _, f := range []func() error{
+		func() error { _, err := c.Handle(bg, action.NetworkLock, 0); return err },
+		func() error { return c.End(nil) },
+	} {
+		if err := f(); netlock.KindOf(err) != netlock.KindDeadline {
+			t.Fatal(err)
+		}
+	}
+	f2 := newFake()
+	next := NewDump(s.pid(), true, f2.options())
+	if _, err := next.Handle(bg, action.NetworkLock, 0); err != nil {
+		t.Fatal(err)
+	}
+	close(f.block)
+	if err := netlocktest.Until(func() (bool, error) {
+		c.turn <- struct{}{}
+		defer c.done()
+		return c.over, nil
+	}); err != nil || slices.Contains(f.seen(), "unlock") {
+		t.Errorf("%q, %v", f.seen(), err)
+	}
+	if err := next.End(nil); err != nil || f2.is(s.ino) {
+		t.Errorf("the second: %v, locked: %v", err, f2.is(s.ino))
+	}
+}
+
 // An unlock that fails is tried again at the end, and said if it fails there too.
 func TestUnlockFails(t *testing.T) {
 	for _, stays := range []bool{false, true} {
