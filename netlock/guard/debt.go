@@ -276,8 +276,20 @@ func LocksElsewhere(netns uint64, criu int) bool {
 }
 
 func locksElsewhere(dir string, netns uint64, criu int, made int64) bool {
-	for _, path := range placesBeside(dir, netns, criu) {
-		if w, since, _ := watchOf(path, besideTime); w == Locks && since > made {
+	return anyOf(placesBeside(dir, netns, criu), func(path string) bool {
+		w, since, _ := watchOf(path, besideTime)
+		return w == Locks && since > made
+	})
+}
+
+// anyOf asks all guards at once: those that are silent take no longer than one.
+func anyOf(paths []string, ask func(path string) bool) bool {
+	yes := make(chan bool, len(paths))
+	for _, path := range paths {
+		go func() { yes <- ask(path) }()
+	}
+	for range paths {
+		if <-yes {
 			return true
 		}
 	}
@@ -286,12 +298,10 @@ func locksElsewhere(dir string, netns uint64, criu int, made int64) bool {
 
 // wantedElsewhere is locksElsewhere for who has time: a guard that is there and says nothing may want it.
 func wantedElsewhere(dir string, netns uint64, criu int) bool {
-	for _, path := range placesBeside(dir, netns, criu) {
-		if w, _, said := watchOf(path, fresh); w == Locks || !said && alive(path) {
-			return true
-		}
-	}
-	return false
+	return anyOf(placesBeside(dir, netns, criu), func(path string) bool {
+		w, _, said := watchOf(path, fresh)
+		return w == Locks || !said && alive(path)
+	})
 }
 
 // Beside tells whether another checkpoint in the namespace has a guard.
@@ -300,8 +310,9 @@ func Beside(netns uint64, criu int) bool {
 }
 
 // besideTime is how long an unlock may wait for what another checkpoint's guard says. One that
-// is slower is stopped, and wants nothing.
-const besideTime = 300 * time.Millisecond
+// is slower is stopped, and wants nothing. It is less than a hook waits for its own guard, which asks: or that
+// hook would ask once more.
+const besideTime = 200 * time.Millisecond
 
 // Owe leaves an unlock that a hook could not do to the guard of its checkpoint, if there is one: that
 // did not answer, and hears of it when it can.

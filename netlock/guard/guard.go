@@ -221,12 +221,13 @@ func (g *Guard) Serve() error {
 		default:
 		}
 	})
-	for _, path := range placesBeside(g.dir(), g.NS.Inode(), g.id()) {
+	anyOf(placesBeside(g.dir(), g.NS.Inode(), g.id()), func(path string) bool {
 		_, err := ask(path, besideTime, Request{Action: askShared})
 		if !errors.Is(err, unix.ECONNREFUSED) && !errors.Is(err, unix.ENOENT) { // it is alive, if slow
 			g.share()
 		}
-	}
+		return false // all are to know
+	})
 	rest := func() {}
 	if g.Awake != nil {
 		rest = g.Awake()
