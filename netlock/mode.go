@@ -71,7 +71,7 @@ func (q Queue) Warning() string {
 		words = append(words, fmt.Sprintf("%s dropped: the queue was full", packets(q.Overflowed)))
 	}
 	if q.Lost > 0 {
-		words = append(words, fmt.Sprintf("%s held and lost: somebody removed a base chain or a device", packets(q.Lost)))
+		words = append(words, fmt.Sprintf("%s held and lost: somebody removed a base chain or a device, or a processor was taken away for long", packets(q.Lost)))
 	}
 	return strings.Join(words, "; ")
 }

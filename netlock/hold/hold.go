@@ -384,13 +384,15 @@ func (k *held) release(ctx context.Context, deliver func(last uint32) error, ope
 	if err == nil {
 		sent, err = open()
 	}
+	missing := uint64(0)
 	if err == nil {
-		st, err = rest(ctx, k.Queue, deliver, sent)
+		st, missing, err = rest(ctx, k.Queue, deliver, sent)
 	}
 	out.Overflowed = st.Full + st.Unread
 	if in := st.Counted - st.Unread; in > out.Lost+st.Held {
 		out.Delivered = in - out.Lost - st.Held
 	}
+	out.Lost += missing
 	return out, err
 }
 
@@ -450,24 +452,25 @@ func drain(ctx context.Context, q *nfnl.Queue, deliver func(last uint32) error, 
 // counted can be on its way to the queue for as long as its processor is taken away, by an interrupt or
 // by the host of a virtual machine; when the lock's chains go first the kernel drops it. (Of 2,000
 // unlocks under a flood, on two busy processors, 6 met one, which came up to 5 ms later.) One that the
-// rule was about to count is not known, and is lost.
-func rest(ctx context.Context, q *nfnl.Queue, deliver func(last uint32) error, sent uint64) (st nfnl.QueueStat, err error) {
+// rule was about to count is not known, and is lost. missing are those that have not come.
+func rest(ctx context.Context, q *nfnl.Queue, deliver func(last uint32) error, sent uint64) (st nfnl.QueueStat, missing uint64, err error) {
 	until := time.Now().Add(lateTime)
 	for {
 		late := time.Now().After(until)
 		if st, err = drain(ctx, q, deliver, 0); err != nil {
-			return st, err
+			return st, 0, err
 		}
 		if sent <= st.Counted+st.Full {
 			break
 		}
 		if late {
-			return st, nil
+			return st, sent - (st.Counted + st.Full), nil
 		}
 		time.Sleep(breath)
 	}
 	// The last may have been counted and not been there yet.
-	return drain(ctx, q, deliver, 0)
+	st, err = drain(ctx, q, deliver, 0)
+	return st, 0, err
 }
 
 // lateTime bounds how long the tasks wait for a packet that is on its way: the kernel may have had no
