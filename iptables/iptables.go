@@ -702,8 +702,11 @@ func (s *session) sweep(which func(place) bool, deliver bool) (st netlock.State,
 			}
 		}
 		err = s.join("unlock", err, s.remove(mine))
-		if !again(err, try) && (!errors.Is(err, errChanged) || time.Since(start) > sweepTime) {
-			return st, err
+		if !again(err, try) {
+			if !errors.Is(err, errChanged) || !deliver || time.Since(start) > sweepTime {
+				return st, err
+			}
+			time.Sleep(sweepPause)
 		}
 		if e := s.ended("unlock"); e != nil {
 			return st, e
@@ -712,8 +715,11 @@ func (s *session) sweep(which func(place) bool, deliver bool) (st netlock.State,
 }
 
 // sweepTime is how long at least an unlock begins anew while others change the rules: given up, it
-// leaves the container locked.
-const sweepTime = time.Second
+// leaves the container locked. What it takes for such a change may be a fault that stays, so it makes a pause.
+const (
+	sweepTime  = time.Second
+	sweepPause = 2 * time.Millisecond
+)
 
 // remove takes everything of ours out of the places: of legacy by one process for each
 // family, of nf_tables by one batch.

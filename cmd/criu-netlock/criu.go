@@ -209,7 +209,7 @@ func between(fd int) error {
 	var b [1]byte
 	oob := make([]byte, unix.CmsgSpace(4))
 	n, oobn, _, _, err := unix.Recvmsg(pair[0], b[:], oob, unix.MSG_CMSG_CLOEXEC)
-	for err == unix.EINTR { // with a time limit the kernel never restarts it
+	for end := time.Now().Add(proxyTime); err == unix.EINTR && time.Now().Before(end); { // with a time limit the kernel never restarts it
 		n, oobn, _, _, err = unix.Recvmsg(pair[0], b[:], oob, unix.MSG_CMSG_CLOEXEC)
 	}
 	if err != nil || n != 1 {
