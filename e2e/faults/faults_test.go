@@ -102,7 +102,7 @@ func onItsHost(t *testing.T, body func(*testing.T), env ...string) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", hostScript, "host",
-		os.Args[0], "-test.v", "-test.count=1", "-test.timeout=40m", "-test.run="+strings.Join(pattern, "/"), fmt.Sprintf("-faults.all=%t", *all))
+		os.Args[0], "-test.v", "-test.count=1", "-test.timeout=40m", "-test.parallel=10", "-test.run="+strings.Join(pattern, "/"), fmt.Sprintf("-faults.all=%t", *all))
 	cmd.Env = append(append(os.Environ(), env...), envInside+"="+t.Name(), envProgram+"="+program)
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out

@@ -155,31 +155,41 @@ func TestManyNamespaces(t *testing.T) {
 func TestFloods(t *testing.T) {
 	together(t)
 	newNFT := func() netlock.Backend { return nft.New() }
-	for i := range many(2, 1) {
-		t.Run(fmt.Sprint("cycles-", i), func(t *testing.T) {
-			inside(t, func(t *testing.T) {
-				cycles := many(5000, 20)
-				netlocktest.Flood(t, newNFT, cycles)
-				theTable.class("lock and unlock under a flood").floods(t, cycles)
-			})
+	t.Run("cycles", func(t *testing.T) {
+		inside(t, func(t *testing.T) {
+			spaces, cycles := many(4, 1), many(2500, 20)
+			atOnce(t, spaces, func(t *testing.T) { netlocktest.Flood(t, newNFT, cycles) })
+			theTable.class("lock and unlock under a flood").floods(t, spaces*cycles)
 		})
-	}
-	for i := range many(5, 1) {
-		t.Run(fmt.Sprint("replacements-", i), func(t *testing.T) {
-			inside(t, func(t *testing.T) {
+	})
+	t.Run("replacements", func(t *testing.T) {
+		inside(t, func(t *testing.T) {
+			const repairs = 50
+			spaces, cycles := many(10, 1), many(100, 1)
+			atOnce(t, spaces, func(t *testing.T) {
 				c := netlocktest.NFT(t, newNFT)
 				c.Replay = func(n *netlocktest.NS) {
 					if err := spoil(n); err != nil {
 						t.Fatal(err)
 					}
 				}
-				const repairs = 50
-				cycles := many(200, 1)
 				netlocktest.FloodRepair(t, c, cycles, repairs)
-				theTable.class("lock replaced under a flood").floods(t, cycles*repairs)
 			})
+			theTable.class("lock replaced under a flood").floods(t, spaces*cycles*repairs)
 		})
-	}
+	})
+}
+
+// atOnce runs n of f side by side.
+func atOnce(t *testing.T, n int, f func(t *testing.T)) {
+	t.Run("at once", func(t *testing.T) {
+		for i := range n {
+			t.Run(fmt.Sprint(i), func(t *testing.T) {
+				t.Parallel()
+				f(t)
+			})
+		}
+	})
 }
 
 // floods counts what a flood that failed or not has tried.
