@@ -323,21 +323,26 @@ func TestGivesUp(t *testing.T) {
 	}
 }
 
-// The same where nobody asks again: what End had no time for is done all the same.
-func TestGivesUpForGood(t *testing.T) {
-	s, f := newSleeper(t), newFake()
+// tooLate is a dump whose lock does not come in time, nor what End would do.
+func tooLate(t *testing.T, s *sleeper, f *fake, leavesRunning bool, result error) *Checkpoint {
+	t.Helper()
 	f.block = make(chan struct{})
 	o := f.options()
 	o.Timeout = 200 * time.Millisecond
-	c := NewDump(s.pid(), false, o)
-	for _, f := range []func() error{
-		func() error { _, err := c.Handle(bg, action.NetworkLock, 0); return err },
-		func() error { return c.End(errBroken) },
-	} {
-		if err := f(); netlock.KindOf(err) != netlock.KindDeadline {
+	c := NewDump(s.pid(), leavesRunning, o)
+	_, err := c.Handle(bg, action.NetworkLock, 0)
+	for _, err := range []error{err, c.End(result)} {
+		if netlock.KindOf(err) != netlock.KindDeadline {
 			t.Fatal(err)
 		}
 	}
+	return c
+}
+
+// The same where nobody asks again: what End had no time for is done all the same.
+func TestGivesUpForGood(t *testing.T) {
+	s, f := newSleeper(t), newFake()
+	tooLate(t, s, f, false, errBroken)
 	close(f.block)
 	if err := netlocktest.Until(func() (bool, error) { return slices.Contains(f.seen(), "unlock") && !f.is(s.ino), nil }); err != nil {
 		t.Errorf("locked: %v, %v", f.is(s.ino), err)
@@ -347,18 +352,7 @@ func TestGivesUpForGood(t *testing.T) {
 // Nor does that meet a checkpoint that has begun since.
 func TestGivesUpBehindAnother(t *testing.T) {
 	s, f := newSleeper(t), newFake()
-	f.block = make(chan struct{})
-	o := f.options()
-	o.Timeout = 200 * time.Millisecond
-	c := NewDump(s.pid(), true, o)
-	for _, f := range []func() error{
-		func() error { _, err := c.Handle(bg, action.NetworkLock, 0); return err },
-		func() error { return c.End(nil) },
-	} {
-		if err := f(); netlock.KindOf(err) != netlock.KindDeadline {
-			t.Fatal(err)
-		}
-	}
+	c := tooLate(t, s, f, true, nil)
 	f2 := newFake()
 	next := NewDump(s.pid(), true, f2.options())
 	if _, err := next.Handle(bg, action.NetworkLock, 0); err != nil {
