@@ -262,7 +262,11 @@ func (t *tracer) run() error {
 			sig = 0
 		}
 		// A thread that SIGKILL has hit is no longer there to answer.
-		if err == nil {
+		switch {
+		case err != nil:
+		case t.pid == 0 || t.leader(tid) != t.pid || t.hit && t.at == 0:
+			err = unix.PtraceCont(tid, int(sig)) // nothing of what it calls counts
+		default:
 			err = unix.PtraceSyscall(tid, int(sig))
 		}
 		if err != nil && err != unix.ESRCH {
