@@ -219,11 +219,12 @@ func (r *run) knock(from string) (stop func()) {
 			tctx, done := context.WithTimeout(ctx, 20*time.Millisecond)
 			c, e := r.net.Dial(tctx, "tcp4", net.JoinHostPort(testbed.ContainerV4, strconv.Itoa(traffic.StreamPort)))
 			done()
-			if e == nil {
+			switch {
+			case e == nil:
 				c.Close()
-			}
-			if e == nil || errors.Is(e, unix.ECONNREFUSED) || errors.Is(e, unix.ECONNRESET) {
-				err = fmt.Errorf("from %s on a connect was answered: %v", from, e)
+				err = fmt.Errorf("from %s on a connect succeeded", from)
+			case errors.Is(e, unix.ECONNREFUSED), errors.Is(e, unix.ECONNRESET):
+				err = fmt.Errorf("from %s on a connect was answered: %w", from, e)
 			}
 		}
 		answers <- err

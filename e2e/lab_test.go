@@ -314,13 +314,15 @@ func (f *fixture) nothingLeft() {
 		if err == nil && !slices.Equal(ps, f.l.processes) {
 			err = fmt.Errorf("processes left: %q", ps)
 		}
-		if ms, e := f.l.Mounts(); e != nil || !slices.Equal(ms, f.l.mounts) {
-			err = errors.Join(err, fmt.Errorf("mounts left: %q, before %q, %v", ms, f.l.mounts, e))
+		ms, e := f.l.Mounts()
+		if e == nil && !slices.Equal(ms, f.l.mounts) {
+			e = fmt.Errorf("mounts left: %q, before %q", ms, f.l.mounts)
 		}
-		if names, e := filepath.Glob(f.l.Path("/run/netns/*")); e != nil || !slices.Equal(names, f.l.netns) {
-			err = errors.Join(err, fmt.Errorf("namespaces left: %v, %v", names, e))
+		names, e2 := filepath.Glob(f.l.Path("/run/netns/*"))
+		if e2 == nil && !slices.Equal(names, f.l.netns) {
+			e2 = fmt.Errorf("namespaces left: %v", names)
 		}
-		return err
+		return errors.Join(err, e, e2)
 	})
 	if err != nil {
 		f.t.Error(err)
