@@ -213,7 +213,7 @@ func (l *lab) killHolding(t *testing.T, h heldCase) {
 	if err != nil {
 		t.Fatalf("%s: %v", h.action, err)
 	}
-	// How many they are depends on how long the hook waits for its guard, and without one that holds they are all tried.
+	// How many of Go's own there are depends on how long the hook waits for its guard; TestHookKilled tries them.
 	points = slices.DeleteFunc(points, func(p point) bool { return noise(p.nr) })
 	c := theTable.class("hook killed, holding packets")
 	defer c.wantPoints(t, c.points)

@@ -204,9 +204,6 @@ func (c *Checkpoint) prepare(op action.Op, ev *action.Event, pid int) error {
 	}
 	ev.PID = c.pid
 	c.hold()
-	if c.ns != nil && op != action.Unlock && op != action.Sweep {
-		newest.Store(c.ns.Inode(), c)
-	}
 	if c.handler == nil {
 		ev.Caller = c.caller()
 	}
@@ -257,6 +254,7 @@ func (c *Checkpoint) hold() {
 	}
 	ns.KeepSockets()
 	c.ns, c.task, c.sure = ns, fd, true
+	newest.Store(ns.Inode(), c)
 }
 
 // holds tells whether what is held is still the task's namespace.
@@ -444,7 +442,7 @@ func (c *Checkpoint) late() (context.Context, context.CancelFunc) {
 	return context.WithTimeout(context.Background(), c.o.timeout())
 }
 
-// newest has of each namespace, by inode, which of this process's checkpoints has begun to lock it last.
+// newest has of each namespace, by inode, which of this process's checkpoints has come to it last.
 var newest sync.Map
 
 // unlock is the last one, of what CRIU has not unlocked.

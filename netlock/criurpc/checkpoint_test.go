@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -28,6 +29,7 @@ type fake struct {
 	calls  []string
 	err    map[string]error
 	block  chan struct{} // if set, Lock waits for its end, whatever its context says
+	slow   atomic.Int32  // so many unlocks end with their time
 	log    func(Entry)
 }
 
@@ -69,9 +71,13 @@ func (f *fake) Lock(_ context.Context, ns *netlock.Namespace, o netlock.Options)
 	return netlock.Result{Backend: "fake", Already: already}, nil
 }
 
-func (f *fake) Unlock(_ context.Context, ns *netlock.Namespace, _ netlock.Options) (netlock.State, error) {
+func (f *fake) Unlock(ctx context.Context, ns *netlock.Namespace, _ netlock.Options) (netlock.State, error) {
 	if err := f.call("unlock"); err != nil {
 		return netlock.State{}, err
+	}
+	if f.slow.Add(-1) >= 0 {
+		<-ctx.Done()
+		return netlock.State{}, ctx.Err()
 	}
 	st, _ := f.state(ns)
 	f.mu.Lock()
@@ -368,6 +374,22 @@ func TestGivesUpBehindAnother(t *testing.T) {
 	}
 	if err := next.End(nil); err != nil || f2.is(s.ino) {
 		t.Errorf("the second: %v, locked: %v", err, f2.is(s.ino))
+	}
+}
+
+// An unlock of End's own that takes all the time there is is done once more, where no guard does it.
+func TestUnlocksLate(t *testing.T) {
+	s, f := newSleeper(t), newFake()
+	o := f.options()
+	o.Timeout = 200 * time.Millisecond
+	c := NewDump(s.pid(), true, o)
+	if _, err := c.Handle(bg, action.NetworkLock, 0); err != nil {
+		t.Fatal(err)
+	}
+	f.slow.Store(1)
+	_ = c.End(nil) // it may have returned before the second
+	if err := netlocktest.Until(func() (bool, error) { return !f.is(s.ino), nil }); err != nil {
+		t.Errorf("%q, %v", f.seen(), err)
 	}
 }
 

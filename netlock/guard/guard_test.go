@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -641,6 +642,31 @@ func TestOrphan(t *testing.T) {
 	}
 	kill(t, l.task)
 	l.ends(t)
+}
+
+// Guards that are silent are waited for at the same time.
+func TestAsksAtOnce(t *testing.T) {
+	var all sync.WaitGroup
+	all.Add(3)
+	said := make(chan bool, 1)
+	go func() {
+		said <- anyOf([]string{"a", "b", "c"}, func(path string) bool {
+			all.Done()
+			all.Wait()
+			return path == "b"
+		})
+	}()
+	select {
+	case yes := <-said:
+		if !yes {
+			t.Error("the second has said yes")
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("one waits for the other")
+	}
+	if anyOf(nil, nil) {
+		t.Error("nobody has said yes")
+	}
 }
 
 // A task that was stopped before its dump has to run for a moment to be stopped again when CRIU, which
